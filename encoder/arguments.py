@@ -1,0 +1,102 @@
+"""Configuration dataclasses as YAML files and as command-line flags: one list of fields, one set of messages.
+
+A configuration class documents its fields as `name: text` lines in its docstring; those lines are the flags' help.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from encoder.errors import DataError
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """The docstring's `name: text` lines of a configuration class, continuation lines joined."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    texts, current = {}, []
+    for line in (cls.__doc__ or "").splitlines():
+        start = re.match(r"\s*((?:\w+, )*\w+): (.*)", line)
+        if start and set(start[1].split(", ")) <= names:
+            current = start[1].split(", ")
+            texts |= dict.fromkeys(current, start[2].strip())
+        elif current and line.strip():
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in current}
+        else:
+            current = []
+    return texts
+
+
+def _parse_value(annotation, text: str, name: str):
+    """A flag's text as the field's type; `none` where the type allows it."""
+    if isinstance(annotation, types.UnionType):
+        if text.lower() == "none":
+            return None
+        annotation = next(option for option in typing.get_args(annotation) if option is not types.NoneType)
+    if annotation is bool:
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"--{name} is '{text}'; write true or false")
+        return text.lower() == "true"
+    if annotation is int:
+        return int(float(text)) if float(text).is_integer() else int(text)
+    return annotation(text)
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, title: str | None = None) -> None:
+    """One flag per field of `cls`; a flag left out is absent from the namespace, so a file's value is kept."""
+    group, texts = parser.add_argument_group(title or cls.__name__), field_help(cls)
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        note = "required" if required else f"default {field.default}"
+        text = f"{texts.get(field.name, '')} ({note})".replace("%", "%%")
+        is_list = typing.get_origin(field.type) is list
+        item = typing.get_args(field.type)[0] if is_list else field.type
+
+        def parse(value, item=item, name=field.name):
+            return _parse_value(item, value, name)
+
+        parse.__name__ = getattr(item, "__name__", str(item))
+        more = {"nargs": "+"} if is_list else {}
+        group.add_argument(f"--{field.name}", type=parse, default=argparse.SUPPRESS, help=text, metavar="X", **more)
+
+
+def read_recipe(path: str | Path, known: set[str]) -> dict:
+    """A YAML recipe as a dictionary; a field that is not `known` is refused with its nearest valid name."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"recipe {path} does not exist; see scripts/recipes for those that do")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"recipe {path} holds a {type(values).__name__}; write one 'field: value' a line")
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(sorted(known))}"
+            raise DataError(f"recipe {path}: field '{key}' is not known; {hint}")
+    return values
+
+
+def build(cls: type, values: dict):
+    """The subset of `values` that are fields of `cls`, as an instance; a missing required field is named."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    chosen = {key: value for key, value in values.items() if key in fields}
+    for name, field in fields.items():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and name not in chosen:
+            raise DataError(f"'{name}' is not given; set it in the recipe or with --{name}")
+    for name, value in chosen.items():
+        annotation = fields[name].type
+        if annotation in (float, float | None) and isinstance(value, (int, str)) and not isinstance(value, bool):
+            try:  # YAML reads 1e-3 as a string
+                chosen[name] = float(value)
+            except ValueError:
+                raise DataError(f"'{name}' is '{value}'; a number is needed") from None
+    return cls(**chosen)

@@ -1,0 +1,21 @@
+"""How this project says no: one sentence with what was seen, where, and what to do."""
+
+import sys
+from collections.abc import Callable
+
+
+class DataError(ValueError):
+    """Input that cannot be used. Its message is one sentence: what was seen, where (file, line or key), what to do."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main`: user errors print as one `error: ...` line (exit 2), Ctrl-C as one line (exit 130)."""
+    try:
+        code = main()
+    except (DataError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(code or 0)

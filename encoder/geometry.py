@@ -1,0 +1,97 @@
+"""How an original image became the model's square input, and back.
+
+One object carries both directions, so that boxes, points and pixels cannot disagree. Modes:
+`pad`          the long side is resized to `size`, the rest is filled centred (CLOC's, arXiv 2410.02746 Table A)
+`squash`       both sides are resized to `size`, aspect ratio lost (Ferret's)
+`center_crop`  the short side is resized to `size` and the middle kept (CLIP's own); refuses boxes, since it cuts them
+"""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from encoder.boxes import clip_boxes
+from encoder.errors import DataError
+
+MODES = ("pad", "squash", "center_crop")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The transform of one image.
+
+    mode: one of `pad`, `squash`, `center_crop`
+    width, height: the original image, pixels
+    size: side of the model's square input, pixels
+    """
+
+    mode: str
+    width: int
+    height: int
+    size: int
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise DataError(f"geometry '{self.mode}' is not known; choose one of {', '.join(MODES)}")
+        if min(self.width, self.height, self.size) <= 0:
+            raise DataError(f"an image of {self.width}x{self.height} px cannot become {self.size} px; sizes must be positive")
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """Width and height in pixels after the resize, before padding or cropping; never 0."""
+        if self.mode == "squash":
+            return self.size, self.size
+        side = max(self.width, self.height) if self.mode == "pad" else min(self.width, self.height)
+        scale = self.size / side
+        return max(1, round(self.width * scale)), max(1, round(self.height * scale))
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """Where the resized image's corner lies in the square, pixels; negative when cropped."""
+        width, height = self.resized
+        return (self.size - width) // 2, (self.size - height) // 2
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """The image, of `width` x `height` px, as the model's RGB square; padding is the image's mean colour."""
+        if image.size != (self.width, self.height):
+            raise DataError(
+                f"this geometry is of a {self.width}x{self.height} image, the image given is {image.size[0]}x{image.size[1]}"
+            )
+        resized = image.convert("RGB").resize(self.resized, Image.Resampling.BICUBIC)
+        if self.mode == "squash":
+            return resized
+        mean_colour = resized.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        square = Image.new("RGB", (self.size, self.size), mean_colour)
+        square.paste(resized, self.offset)
+        return square
+
+    def _scale_offset(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        (width, height), (left, top) = self.resized, self.offset
+        scale = like.new_tensor([width / self.width, height / self.height]) / self.size
+        return scale, like.new_tensor([left, top]) / self.size
+
+    def points_to_model(self, points_px: Tensor) -> Tensor:
+        """(..., 2) x, y in pixels of the original image -> (..., 2) in [0, 1] of the model's square."""
+        points_px = torch.as_tensor(points_px)
+        points_px = points_px if points_px.is_floating_point() else points_px.float()
+        scale, offset = self._scale_offset(points_px)
+        return points_px * scale + offset
+
+    def points_to_image(self, points: Tensor) -> Tensor:
+        """The inverse: (..., 2) in [0, 1] of the model's square -> pixels of the original image, not clipped."""
+        scale, offset = self._scale_offset(points)
+        return (points - offset) / scale
+
+    def boxes_to_model(self, boxes_px: Tensor) -> Tensor:
+        """(..., 4) xyxy pixels of the original image -> (..., 4) xyxy in [0, 1] of the model's square."""
+        if self.mode == "center_crop":
+            raise DataError("geometry 'center_crop' cuts boxes off; use 'pad' or 'squash' where boxes matter")
+        boxes_px = torch.as_tensor(boxes_px)
+        return self.points_to_model(boxes_px.reshape(*boxes_px.shape[:-1], 2, 2)).reshape(boxes_px.shape)
+
+    def boxes_to_image(self, boxes: Tensor) -> Tensor:
+        """The inverse: (..., 4) xyxy in [0, 1] of the model's square -> pixels of the original, clipped to the image."""
+        pixels = self.points_to_image(boxes.reshape(*boxes.shape[:-1], 2, 2)).reshape(boxes.shape)
+        return clip_boxes(pixels, self.width, self.height)

@@ -1,0 +1,82 @@
+"""CLOC's three losses as pure functions of features: CLIP, region-text, grounding (arXiv 2410.02746, Eqs. 1-4).
+
+Every loss returns this rank's share: the shares of all ranks sum to the loss of the global batch. A trainer whose engine
+averages gradients over ranks multiplies by the number of ranks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from encoder.contrastive import contrastive_loss
+from encoder.distributed import gather_counts
+from encoder.errors import DataError
+from encoder.model import ClocOutput
+
+
+@dataclass
+class LossConfig:
+    """What the total loss is made of.
+
+    region_loss_weight, grounding_loss_weight: of the two region losses, before the label-coverage factor (Table A: 1.0)
+    label_coverage: multiply both by the fraction of the batch's images that have regions (the paper's lambda)
+    similar_text_threshold: cosine above which another region's text is no negative (Section 3.4); None filters nothing
+    grounding_norm: `mse`, the mean over the four coordinates, or `l2`, a quarter of the Euclidean norm (Eq. 3 reads both ways)
+    max_logit_scale: the temperature's bound, as a scale (CLIP's 100)
+    """
+
+    region_loss_weight: float = 1.0
+    grounding_loss_weight: float = 1.0
+    label_coverage: bool = True
+    similar_text_threshold: float | None = 0.9
+    grounding_norm: str = "mse"
+    max_logit_scale: float = 100.0
+
+    def __post_init__(self):
+        if self.grounding_norm not in ("mse", "l2"):
+            raise DataError(f"LossConfig.grounding_norm is '{self.grounding_norm}'; choose mse or l2")
+        if self.similar_text_threshold is not None and not 0 < self.similar_text_threshold <= 1:
+            raise DataError(f"LossConfig.similar_text_threshold is {self.similar_text_threshold}; a cosine in (0, 1] is needed")
+
+
+def bounded_scale(logit_scale: Tensor, max_scale: float) -> Tensor:
+    """exp(logit_scale) held at `max_scale` at most; the gradient goes through, so that a scale at the bound can come back."""
+    excess = (logit_scale - math.log(max_scale)).clamp(min=0).detach()
+    return (logit_scale.float() - excess).exp()
+
+
+def grounding_loss(predicted_boxes: Tensor, boxes: Tensor, total: int, norm: str = "mse") -> Tensor:
+    """This rank's share of Eq. 3 over `total` regions of all ranks: predicted and true (R, 4) xyxy in [0, 1]."""
+    squared = (predicted_boxes.float() - boxes.float()).square().sum(-1)
+    distance = squared if norm == "mse" else (squared + 1e-12).sqrt()
+    return distance.sum() / (4 * max(total, 1))
+
+
+def cloc_losses(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | None, config: LossConfig):
+    """(losses, report) of a batch; the sum of `losses` is this rank's share of Eq. 4.
+
+    output: of `ClocModel.forward`; without region features only the CLIP loss is there
+    boxes: (R, 4) xyxy in [0, 1]; image_index: (R,) image of each region within this rank's batch
+    report: unweighted terms, masked fraction, regions, lambda; for logs, shares like the losses where they are losses
+    """
+    scale = bounded_scale(output.logit_scale, config.max_logit_scale)
+    clip_share, clip_report = contrastive_loss(output.image_feat, output.text_feat, scale)
+    losses, report = {"clip_loss": clip_share}, {"clip_loss": clip_share.detach()}
+    if output.region_feat is None:
+        return losses, report
+
+    region_scale = bounded_scale(output.region_logit_scale, config.max_logit_scale)
+    region_share, region_report = contrastive_loss(
+        output.region_feat, output.region_text_feat, region_scale, output.region_text_feat, config.similar_text_threshold
+    )
+    total = region_report["count"]
+    grounding_share = grounding_loss(output.predicted_boxes, boxes, total, config.grounding_norm)
+    labelled = sum(gather_counts(len(torch.unique(image_index)), image_index.device))
+    coverage = labelled / clip_report["count"] if config.label_coverage else 1.0
+    losses["region_loss"] = coverage * config.region_loss_weight * region_share
+    losses["grounding_loss"] = coverage * config.grounding_loss_weight * grounding_share
+    report |= {"region_loss": region_share.detach(), "grounding_loss": grounding_share.detach()}
+    report |= {"masked_fraction": region_report["masked_fraction"], "regions": total, "coverage": coverage}
+    return losses, report

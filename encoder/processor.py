@@ -1,0 +1,88 @@
+"""`ClocProcessor`: pictures, boxes and texts -> tensors, always through `Geometry`."""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from encoder.config import ClocConfig
+from encoder.errors import DataError
+from encoder.geometry import MODES, Geometry
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClocImageProcessor(BaseImageProcessor):
+    """Pictures -> the model's normalised square input.
+
+    size: side of the input, pixels
+    geometry: `pad`, `squash` or `center_crop`, see `encoder.geometry`
+    image_mean, image_std: per channel, of pixels in [0, 1] (OpenAI CLIP's by default)
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, size: int = 224, geometry: str = "pad", image_mean=OPENAI_MEAN, image_std=OPENAI_STD, **kwargs):
+        super().__init__(**kwargs)
+        if isinstance(size, dict):  # transformers' own processors say {"shortest_edge": 224} or {"height": ..., ...}
+            size = next(iter(size.values()))
+        if geometry not in MODES:
+            raise DataError(f"image processor: geometry is '{geometry}'; choose one of {', '.join(MODES)}")
+        self.size, self.geometry = int(size), geometry
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+
+    def geometry_of(self, image: Image.Image) -> Geometry:
+        """The transform that this processor applies to `image`."""
+        return Geometry(self.geometry, *image.size, self.size)
+
+    def __call__(self, images, return_tensors: str = "pt", **kwargs) -> BatchFeature:
+        """One PIL image or a list of them -> {"pixel_values": (B, 3, size, size) float32}."""
+        images = [images] if isinstance(images, Image.Image) else images
+        squares = [np.asarray(self.geometry_of(image).apply(image)) for image in images]
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        return BatchFeature({"pixel_values": (pixels - mean) / std}, tensor_type=return_tensors)
+
+    preprocess = __call__
+
+
+class ClocProcessor(ProcessorMixin):
+    """Image processor and tokenizer of a `ClocModel` or any CLIP, as one object.
+
+    lowercase: whether texts are lower-cased first, as in the paper
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+
+    def __init__(self, image_processor=None, tokenizer=None, lowercase: bool = True, **kwargs):
+        self.lowercase = lowercase
+        super().__init__(image_processor, tokenizer)
+
+    def images(self, images: list[Image.Image]) -> tuple[BatchFeature, list[Geometry]]:
+        """Pictures -> {"pixel_values": (B, 3, S, S)} and the geometry of each."""
+        return self.image_processor(images), [self.image_processor.geometry_of(image) for image in images]
+
+    def texts(self, texts: list[str]) -> BatchFeature:
+        """Texts -> {"input_ids", "attention_mask"}: (T, L), padded to the longest, cut to the tokenizer's maximum."""
+        texts = [text.lower() for text in texts] if self.lowercase else list(texts)
+        if not texts:
+            empty = torch.zeros(0, 1, dtype=torch.long)
+            return BatchFeature({"input_ids": empty, "attention_mask": empty})
+        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return BatchFeature({key: encoded[key] for key in ("input_ids", "attention_mask")})
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """Pictures and/or texts -> one dictionary of tensors, as any transformers processor."""
+        data = {}
+        if text is not None:
+            data.update(self.texts([text] if isinstance(text, str) else text))
+        if images is not None:
+            data.update(self.image_processor(images))
+        return BatchFeature(data)
+
+
+AutoImageProcessor.register("ClocImageProcessor", slow_image_processor_class=ClocImageProcessor, exist_ok=True)
+AutoProcessor.register(ClocConfig, ClocProcessor, exist_ok=True)

@@ -1,0 +1,120 @@
+"""The Prompter: one set of image tokens, many prompts, one region feature each (arXiv 2410.02746, Sections 3.2-3.3).
+
+A prompt is two corner tokens (a box) or one token (a text feature), prepended to the image tokens of its image; one
+single-head transformer layer of the tower's width follows, then a pooler and a projection. Prompts never see each other.
+
+Written naively that is one full layer per prompt. Here the softmax is split exactly: attention among image tokens is
+computed once per image together with its log-normaliser, and each prompt adds its own one or two keys to it.
+
+B images, N image tokens, R regions (prompts) of the batch, P prompt tokens each, D tower width, E joint space.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from encoder.config import ClocConfig
+
+
+def sinusoids(coordinates: Tensor, width: int, min_frequency: float, max_frequency: float) -> Tensor:
+    """Fixed sinusoidal encoding of points, (..., 2) x, y in [0, 1] -> (..., width).
+
+    width/4 frequencies per coordinate in geometric steps, in cycles over the unit length; order sin x, cos x, sin y, cos y.
+    """
+    steps = torch.linspace(math.log(min_frequency), math.log(max_frequency), width // 4, device=coordinates.device)
+    angles = 2 * math.pi * coordinates.float()[..., None] * steps.exp()
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+class PromptLayer(nn.Module):
+    """A pre-LN, single-head CLIP encoder layer over [prompt tokens, image tokens], factored over the prompts of an image."""
+
+    def __init__(self, config: ClocConfig):
+        super().__init__()
+        vision = config.vision_config
+        width, self.scale = vision.hidden_size, vision.hidden_size**-0.5
+        self.layer_norm1 = nn.LayerNorm(width, eps=vision.layer_norm_eps)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.layer_norm2 = nn.LayerNorm(width, eps=vision.layer_norm_eps)
+        hidden = round(config.prompter_mlp_ratio * width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = ACT2FN[vision.hidden_act]
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.fc2(self.activation(self.fc1(self.layer_norm2(hidden))))
+
+    def forward(self, prompts_RPD: Tensor, tokens_BND: Tensor, image_index_R: Tensor, with_image: bool):
+        """Prompt tokens after the layer (R, P, D) and, if `with_image`, each region's image tokens (R, N, D), else None."""
+        image_BND = self.layer_norm1(tokens_BND)
+        key_BND, value_BND = self.k_proj(image_BND), self.v_proj(image_BND)
+        prompt_RPD = self.layer_norm1(prompts_RPD)
+        query_RPD, key_RPD, value_RPD = self.q_proj(prompt_RPD), self.k_proj(prompt_RPD), self.v_proj(prompt_RPD)
+
+        key_RKD = torch.cat([key_RPD, key_BND[image_index_R]], dim=1)
+        value_RKD = torch.cat([value_RPD, value_BND[image_index_R]], dim=1)
+        weights_RPK = (self.scale * query_RPD @ key_RKD.transpose(1, 2)).float().softmax(-1).to(value_RKD.dtype)
+        prompts_RPD = self._feed_forward(prompts_RPD + self.out_proj(weights_RPK @ value_RKD))
+        if not with_image:
+            return prompts_RPD, None
+
+        query_BND = self.q_proj(image_BND)
+        logits_BNN = (self.scale * query_BND @ key_BND.transpose(1, 2)).float()
+        attended_BND = logits_BNN.softmax(-1).to(value_BND.dtype) @ value_BND
+        logits_RNP = (self.scale * query_BND[image_index_R] @ key_RPD.transpose(1, 2)).float()
+        # The joint softmax over [prompts, image] is one over P + 1 items: the prompts, and the image as a whole.
+        joint_RNQ = torch.cat([logits_RNP, logits_BNN.logsumexp(-1)[image_index_R][..., None]], dim=-1)
+        weights_RNQ = joint_RNQ.softmax(-1).to(value_BND.dtype)
+        attended_RND = weights_RNQ[..., :-1] @ value_RPD + weights_RNQ[..., -1:] * attended_BND[image_index_R]
+        return prompts_RPD, self._feed_forward(tokens_BND[image_index_R] + self.out_proj(attended_RND))
+
+
+class Prompter(nn.Module):
+    """Box or text prompt -> region feature in the joint space."""
+
+    def __init__(self, config: ClocConfig):
+        super().__init__()
+        width, joint = config.vision_config.hidden_size, config.projection_dim
+        self.config = config
+        self.corner_embedding = nn.Parameter(torch.zeros(2, width)) if config.box_corner_embedding else None
+        self.text_input = nn.Linear(joint, width)
+        self.layer = PromptLayer(config)
+        self.layer_norm = nn.LayerNorm(width, eps=config.vision_config.layer_norm_eps)
+        self.projection = nn.Linear(width, joint, bias=False)
+
+    def forward(self, prompts_RPD: Tensor, tokens_BND: Tensor, image_index_R: Tensor) -> Tensor:
+        """Prompt tokens (R, P, D) over the image tokens (B, N, D) of image `image_index_R` -> features (R, E), unnormalised."""
+        if self.config.prompter_tokens == "patches":
+            tokens_BND = tokens_BND[:, 1:]
+        readout_mean = self.config.prompter_readout == "mean"
+        prompts_RPD, image_RND = self.layer(prompts_RPD, tokens_BND, image_index_R, with_image=readout_mean)
+        pooled_RKD = torch.cat([prompts_RPD, image_RND], dim=1) if readout_mean else prompts_RPD
+        return self.projection(self.layer_norm(pooled_RKD).mean(dim=1))
+
+    def box_prompts(self, boxes_R4: Tensor) -> Tensor:
+        """Boxes (R, 4), xyxy in [0, 1] of the square input -> prompt tokens (R, 2, D): top-left, bottom-right."""
+        config = self.config
+        width = self.projection.in_features
+        corners = sinusoids(boxes_R4.reshape(-1, 2, 2), width, config.box_min_frequency, config.box_max_frequency)
+        corners = corners.to(self.projection.weight.dtype)
+        return corners if self.corner_embedding is None else corners + self.corner_embedding
+
+    def text_prompts(self, text_feat_RE: Tensor) -> Tensor:
+        """Projected text features (R, E), unnormalised -> prompt tokens (R, 1, D)."""
+        if self.config.normalize_text_prompt:
+            text_feat_RE = nn.functional.normalize(text_feat_RE, dim=-1)
+        return self.text_input(text_feat_RE)[:, None]
+
+
+class BoxHead(nn.Module):
+    """Two-layer GELU MLP, (R, E) text-prompted features -> (R, 4) xyxy in [0, 1] of the square input, linear output."""
+
+    def __init__(self, config: ClocConfig):
+        super().__init__()
+        hidden = config.box_head_width or config.vision_config.hidden_size
+        self.fc1 = nn.Linear(config.projection_dim, hidden)
+        self.fc2 = nn.Linear(hidden, 4)
+
+    def forward(self, grounded_RE: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(grounded_RE)))

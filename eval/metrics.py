@@ -1,0 +1,141 @@
+"""Accuracies and their intervals, in numpy and float64. Nothing here reads files or runs a model.
+
+An interval is the 95% percentile bootstrap that redraws **images**, not questions: the questions on one picture share
+its difficulty, and an interval that forgets it is too narrow. The difference of two models is the same function on the
+difference of their scores per question, which is what makes the comparison paired.
+
+N questions, K classes, C images (clusters), S bootstrap samples.
+"""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+THRESHOLDS = (0.5, 0.75, 0.9)
+# Lower edges of the bins by side: the square root of (area of the box / area of its image).
+SIZE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.5)
+SAMPLES = 10_000
+_BLOCK = 4_000_000  # numbers drawn at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with the 95% interval around it, both as fractions; `n` questions."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def paired_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
+    """Intersection over union, (N, 4) x (N, 4) xyxy -> (N,). NaN boxes (unparsed answers) and empty ones give 0."""
+    a, b = np.asarray(boxes_a, np.float64), np.asarray(boxes_b, np.float64)
+    size = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None)
+    intersection = size[:, 0] * size[:, 1]
+    union = _area(a) + _area(b) - intersection
+    iou = np.zeros(len(a))
+    return np.divide(intersection, union, out=iou, where=union > 0)
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    size = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None)
+    return size[:, 0] * size[:, 1]
+
+
+def accuracy_at(iou_N: np.ndarray, threshold: float) -> float:
+    """Share of `iou_N` (N,) at or above `threshold`: inclusive, as Ferret, InternVL and lmms-eval count."""
+    return float(np.mean(np.asarray(iou_N) >= threshold))
+
+
+def size_bin(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """Index into `SIZE_EDGES` (N,) of boxes (N, 4) xyxy in images of `widths` x `heights` (N,), all in pixels."""
+    side = np.sqrt(_area(np.asarray(boxes, np.float64)) / (np.asarray(widths) * np.asarray(heights)))
+    return np.digitize(side, SIZE_EDGES) - 1
+
+
+def size_name(index: int) -> str:
+    """A bin in words: `10-20%` of the image's side."""
+    edges = [*SIZE_EDGES, 1.0]
+    return f"{100 * edges[index]:.0f}-{100 * edges[index + 1]:.0f}%"
+
+
+def macro_mean(values_N: np.ndarray, classes_N: np.ndarray) -> float:
+    """Mean over classes of the mean within each class; (N,) values, (N,) class labels of any kind."""
+    _, index = np.unique(classes_N, return_inverse=True)
+    return float(np.mean(np.bincount(index, np.asarray(values_N, np.float64)) / np.bincount(index)))
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """95% score interval (Wilson 1927) of `hits` out of `n` independent trials, as fractions."""
+    z2 = NormalDist().inv_cdf(0.975) ** 2
+    centre = (hits + z2 / 2) / (n + z2)
+    half = np.sqrt(z2 * (hits * (n - hits) / n + z2 / 4)) / (n + z2)
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def mean_interval(values_N: np.ndarray, images_N: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Interval:
+    """Mean of `values_N` (N,) with its interval, redrawing the images that `images_N` (N,) names.
+
+    Values may be hits, or the difference of two models' hits. NaN limits where there is one image only.
+    """
+    values = np.asarray(values_N, np.float64)
+    _, cluster = np.unique(images_N, return_inverse=True)
+    total, count = np.bincount(cluster, values), np.bincount(cluster).astype(np.float64)
+    if len(total) < 2:
+        return Interval(float(values.mean()), float("nan"), float("nan"), len(values))
+    means = np.concatenate([w @ total / (w @ count) for w in _redraws(len(total), seed, samples)])
+    return _interval(float(values.mean()), means, len(values))
+
+
+def macro_interval(
+    values_N: np.ndarray, classes_N: np.ndarray, images_N: np.ndarray, seed: int = 0, samples: int = 2000
+) -> Interval:
+    """`macro_mean` with its interval. A class that a sample of images lacks is left out of that sample's mean."""
+    values = np.asarray(values_N, np.float64)
+    names, index = np.unique(classes_N, return_inverse=True)
+    images, cluster = np.unique(images_N, return_inverse=True)
+    value = macro_mean(values, classes_N)
+    if len(images) < 2:
+        return Interval(value, float("nan"), float("nan"), len(values))
+    total_CK = np.zeros((len(images), len(names)))
+    count_CK = np.zeros_like(total_CK)
+    np.add.at(total_CK, (cluster, index), values)
+    np.add.at(count_CK, (cluster, index), 1)
+    means = []
+    for weights in _redraws(len(images), seed, samples):
+        count = weights @ count_CK
+        per_class = np.divide(weights @ total_CK, count, out=np.zeros_like(count), where=count > 0)
+        means.append(per_class.sum(1) / (count > 0).sum(1))
+    return _interval(value, np.concatenate(means), len(values))
+
+
+def accuracy_interval(hits_N: np.ndarray, images_N: np.ndarray, seed: int = 0) -> Interval:
+    """Accuracy of 0/1 `hits_N` (N,) with its interval. Where all answers agree, redrawing them shows no spread, so
+    Wilson's interval over the number of images stands in."""
+    interval = mean_interval(hits_N, images_N, seed)
+    if interval.low == interval.high or np.isnan(interval.low):
+        num_images = len(np.unique(images_N))
+        low, high = wilson_interval(round(interval.value * num_images), num_images)
+        return Interval(interval.value, low, high, interval.n)
+    return interval
+
+
+def _redraws(num_clusters: int, seed: int, samples: int):
+    """Yields (s, C) counts: how often each of the C images was drawn, with replacement, in each bootstrap sample."""
+    rng = np.random.default_rng(seed)
+    block = max(1, min(samples, _BLOCK // num_clusters))
+    for start in range(0, samples, block):
+        size = min(block, samples - start)
+        drawn = rng.integers(0, num_clusters, (size, num_clusters)) + num_clusters * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * num_clusters).reshape(size, num_clusters).astype(np.float64)
+
+
+def _interval(value: float, samples: np.ndarray, n: int) -> Interval:
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return Interval(value, float(low), float(high), n)

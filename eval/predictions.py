@@ -1,0 +1,294 @@
+"""What a model answered, on disk, apart from whether it was right.
+
+One evaluation is one folder, `RUN/<benchmark>/<split>[/<variant>]/`:
+    run.json           protocol (what was asked and how), model (which weights), launches (command, commit, versions)
+    targets.jsonl      the questions with their true answers, one JSON object per line
+    predictions.jsonl  id, image, prompt, raw text, parsed box, reason if there is none; one line per question
+    scores.json        written by scoring, from the two files above alone
+Whole lines are appended and synced, so a killed run loses at most the batch it was in and goes on by id.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from encoder.errors import DataError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One question and its true answer.
+
+    id: unique within the evaluation; image: path relative to the folder of images; width, height: its size in pixels
+    text: what was asked about (an expression), empty where the question is a box
+    box: xyxy, pixels of the original image; category: the object's name; kind: sort of expression, where the data say
+    """
+
+    id: str
+    image: str
+    width: int
+    height: int
+    text: str
+    box: tuple[float, float, float, float]
+    category: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    prompt: the words put to the model; raw: its words, untouched
+    box: what they say, xyxy in pixels of the original image, or None; reason: why there is no box, or None
+    """
+
+    id: str
+    image: str
+    prompt: str
+    raw: str
+    box: tuple[float, float, float, float] | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Evaluation:
+    """One evaluation folder, read back: targets and predictions are joined, same length and order."""
+
+    folder: Path
+    run: dict[str, Any]
+    targets: list[Target]
+    predictions: list[Prediction]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return self.run["protocol"]
+
+    @property
+    def name(self) -> str:
+        """`refcoco/testA`: what two runs must share to be compared."""
+        return f"{self.protocol['benchmark']}/{self.protocol['split']}"
+
+
+class PredictionLog:
+    """Opens an evaluation folder for writing: new, or where an interrupted run of the same protocol and model stopped.
+
+    Raises DataError when the folder holds predictions of another protocol, model or set of questions.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        protocol: dict[str, Any],
+        model: dict[str, Any],
+        targets: list[Target],
+        settings: dict[str, Any],
+    ):
+        self.folder = Path(folder)
+        self.targets = targets
+        lines = [json.dumps(asdict(target)) for target in targets]
+        protocol = {**protocol, "n": len(targets), "targets_sha256": _sha256(lines)}
+        run = {"protocol": protocol, "model": model, "launches": [launch_record(settings)]}
+        if (self.folder / "run.json").exists():
+            run = self._resumed(run)
+        elif (self.folder / "predictions.jsonl").exists():
+            raise DataError(f"{self.folder} holds predictions without the run.json that says whose; remove that folder")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / "targets.jsonl", "".join(line + "\n" for line in lines))
+        write_whole(self.folder / "run.json", json.dumps(run, indent=1) + "\n")
+        path = self.folder / "predictions.jsonl"
+        path.touch()
+        self.cut_off = drop_unfinished_line(path)
+        self.answered = {prediction.id for prediction in read_predictions(path)}
+
+    def _resumed(self, run: dict) -> dict:
+        before = read_run(self.folder)
+        for part in ("protocol", "model"):
+            key = first_difference(before[part], json.loads(json.dumps(run[part])))
+            if key is not None:
+                raise DataError(
+                    f"{self.folder} holds predictions with {part}.{key} {before[part].get(key)!r}, this run has "
+                    f"{run[part].get(key)!r}; choose another --out, or remove that folder"
+                )
+        return {**run, "launches": before["launches"] + run["launches"]}
+
+    def report_resumed(self) -> None:
+        """Says on the terminal what an earlier run left here, if it left something."""
+        if self.cut_off:
+            print(f"{self.folder}: {self.cut_off} bytes of a half-written answer removed")
+        if self.answered:
+            print(f"{self.folder}: going on after {len(self.answered)} of {len(self.targets)} answers")
+
+    def remaining(self) -> list[Target]:
+        """The questions not answered yet, in order."""
+        return [target for target in self.targets if target.id not in self.answered]
+
+    def append(self, predictions: list[Prediction]) -> None:
+        """Adds answers; they are on disk when this returns."""
+        text = "".join(json.dumps(asdict(prediction), allow_nan=False) + "\n" for prediction in predictions)
+        file = os.open(self.folder / "predictions.jsonl", os.O_WRONLY | os.O_APPEND)
+        try:
+            data = text.encode()
+            while data:
+                data = data[os.write(file, data) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        self.answered.update(prediction.id for prediction in predictions)
+
+
+def load_evaluation(folder: Path) -> Evaluation:
+    """Reads one folder and joins its predictions to its targets by id.
+
+    Raises DataError for an id that is missing, doubled or unknown, and for a line that cannot be read.
+    """
+    folder = Path(folder)
+    run = read_run(folder)
+    targets = [_target(row, where) for row, where in _rows(folder / "targets.jsonl")]
+    path = folder / "predictions.jsonl"
+    by_id: dict[str, Prediction] = {}
+    for prediction in read_predictions(path):
+        if prediction.id in by_id:
+            raise DataError(f"{path}: id {prediction.id} is answered twice; remove one of the two lines")
+        by_id[prediction.id] = prediction
+    missing = [target.id for target in targets if target.id not in by_id]
+    if missing:
+        raise DataError(
+            f"{path}: {len(missing)} of {len(targets)} questions are not answered (the first is id {missing[0]}); "
+            "run the evaluation again with the same --out to go on"
+        )
+    if len(by_id) > len(targets):
+        unknown = next(iter(by_id.keys() - {target.id for target in targets}))
+        raise DataError(
+            f"{path}: id {unknown} answers no question of targets.jsonl; remove the folder and evaluate again"
+        )
+    return Evaluation(folder, run, targets, [by_id[target.id] for target in targets])
+
+
+def find_evaluations(run_folder: Path) -> list[Path]:
+    """The evaluation folders inside a run folder, sorted. DataError when there are none."""
+    found = sorted(path.parent for path in Path(run_folder).rglob("run.json"))
+    if not found:
+        raise DataError(
+            f"{run_folder} holds no evaluation (no run.json below it); give the --out folder of an evaluation"
+        )
+    return found
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json as a dict with `protocol`, `model` and `launches`."""
+    path = Path(folder) / "run.json"
+    try:
+        run = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there; give the --out folder of an evaluation") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}); remove the folder and evaluate again"
+        ) from None
+    missing = {"protocol", "model", "launches"} - run.keys()
+    if missing:
+        raise DataError(f"{path}: no key '{sorted(missing)[0]}'; remove the folder and evaluate again")
+    return run
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """All lines of a predictions file, in file order, not joined. DataError names the file and line that is broken."""
+    predictions = []
+    for row, where in _rows(path):
+        try:
+            row["box"] = None if row["box"] is None else tuple(row["box"])
+            predictions.append(Prediction(**row))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where}: not a prediction ({error}); remove that line") from None
+    return predictions
+
+
+def first_difference(a: dict, b: dict) -> str | None:
+    """The first key whose values differ between two flat dicts, or that one of them lacks; None when they are equal."""
+    for key in [*a, *(key for key in b if key not in a)]:
+        if key not in a or key not in b or a[key] != b[key]:
+            return key
+    return None
+
+
+def drop_unfinished_line(path: Path) -> int:
+    """Cuts what a kill left behind the last newline; returns the number of bytes removed."""
+    data = path.read_bytes()
+    keep = data.rfind(b"\n") + 1
+    if keep < len(data):
+        os.truncate(path, keep)
+    return len(data) - keep
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old one or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def launch_record(settings: dict[str, Any]) -> dict[str, Any]:
+    """How this process was started: command, commit, time, versions, and settings that do not change an answer."""
+    packages = {}
+    for name in ("torch", "transformers", "open-cloc"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "commit": source_commit(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": {"python": platform.python_version(), **packages},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **settings,
+    }
+
+
+def source_commit() -> str:
+    """Commit of the code that runs, `+changes` where the tree differs from it; `unknown` outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return "unknown"
+    return commit + ("+changes" if changes.strip() else "")
+
+
+def _rows(path: Path):
+    """Yields (dict, 'file, line n') of a JSON lines file."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there; evaluate again into another --out") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg}); remove that line and evaluate again to go on") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a JSON object was expected, this is {type(row).__name__}; remove that line")
+        yield row, where
+
+
+def _target(row: dict, where: str) -> Target:
+    try:
+        return Target(**{**row, "box": tuple(row["box"])})
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: not a question ({error}); remove the folder and evaluate again") from None
+
+
+def _sha256(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,169 @@
+"""Reads the RefCOCO family as its authors distribute it: `refs(unc).p` (a pickle) and `instances.json` beside it.
+
+The format is that of github.com/lichengunc/refer. A pickle can name any class and run it, so this one is read by an
+unpickler that knows no class at all: lists, dicts, strings and numbers need none, and Python 2's files hold nothing
+else. The counts checked are those of the papers (the unit is the expression, not the referred object).
+"""
+
+import io
+import pickle
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encoder.errors import DataError
+from eval.coco_files import read_instances
+from eval.predictions import Target
+
+# Folder name, who split it -> split -> (objects referred to, expressions).
+PUBLISHED = {
+    ("refcoco", "unc"): {"val": (3811, 10834), "testA": (1975, 5657), "testB": (1810, 5095)},
+    ("refcoco+", "unc"): {"val": (3805, 10758), "testA": (1975, 5726), "testB": (1798, 4889)},
+    ("refcocog", "umd"): {"val": (2573, 4896), "test": (5023, 9602)},
+}
+# COCO's own images, which only the published sets refer to.
+PUBLISHED_IMAGES = "COCO_train2014_"
+
+
+class _NoClasses(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """A pickle of lists, tuples, dicts, strings, numbers, booleans and None, of Python 2 or 3; all else is refused.
+
+    Raises DataError for a file that is missing, cut off, not a pickle, or that names a class or function.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is not there; --data is the folder that holds refs(...).p and instances.json"
+        ) from None
+    try:
+        return _NoClasses(io.BytesIO(data), encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        if "it names" in str(error):
+            raise DataError(
+                f"{path}: {error}, and only lists, dicts, strings and numbers are read; do not trust it"
+            ) from None
+        raise DataError(f"{path}: not a whole pickle ({error}); download it again") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise DataError(f"{path}: not a whole pickle ({type(error).__name__}: {error}); download it again") from None
+
+
+@dataclass(frozen=True)
+class Referral:
+    """One object that expressions refer to.
+
+    box: xyxy, pixels of the original image; image: file, relative to the folder of images
+    sentences: (sent_id, expression, kind) per expression; kind is empty in the published files
+    """
+
+    ref_id: int
+    split: str
+    image: str
+    width: int
+    height: int
+    box: tuple[float, float, float, float]
+    category: str
+    sentences: tuple[tuple[int, str, str], ...]
+
+
+@dataclass(frozen=True)
+class RefcocoFiles:
+    """All objects of one `refs(...).p`; `split_by` is the word in its name."""
+
+    folder: Path
+    split_by: str
+    referrals: tuple[Referral, ...]
+
+    @classmethod
+    def read(cls, folder: Path, split_by: str | None = None) -> "RefcocoFiles":
+        """Reads a folder; `split_by` picks among several refs files. Raises DataError with the file and the key."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder; --data is the one that holds refs(...).p and instances.json")
+        path = _refs_file(folder, split_by)
+        refs = read_plain_pickle(path)
+        if not isinstance(refs, list):
+            raise DataError(f"{path}: holds a {type(refs).__name__}, a list of referred objects was expected")
+        instances = read_instances(folder / "instances.json")
+        referrals, seen_refs, seen_sentences = [], set(), set()
+        for index, ref in enumerate(refs):
+            where = f"{path}, item {index}"
+            try:
+                sentences = tuple((s["sent_id"], s["sent"], s.get("kind", "")) for s in ref["sentences"])
+                ref_id, ann_id, image_id, split = ref["ref_id"], ref["ann_id"], ref["image_id"], ref["split"]
+                category_id = ref["category_id"]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{where}: not a referred object ({error!r}); see github.com/lichengunc/refer"
+                ) from None
+            for what, key, known in (
+                ("ann_id", ann_id, instances.annotations),
+                ("image_id", image_id, instances.images),
+                ("category_id", category_id, instances.categories),
+            ):
+                if key not in known:
+                    raise DataError(
+                        f"{where}: {what} {key} is not in {instances.path}; the two files belong to different sets"
+                    )
+            doubled = {ref_id} & seen_refs or {s[0] for s in sentences} & seen_sentences
+            if doubled or len({s[0] for s in sentences}) < len(sentences):
+                raise DataError(f"{where}: ref_id {ref_id} or one of its sent_ids occurs twice; ids must be unique")
+            seen_refs.add(ref_id)
+            seen_sentences.update(s[0] for s in sentences)
+            box = instances.box(instances.annotations[ann_id])
+            image, width, height = instances.images[image_id]
+            category = instances.categories[category_id]
+            referrals.append(Referral(ref_id, split, image, width, height, box, category, sentences))
+        return cls(folder, path.stem.removeprefix("refs(").removesuffix(")"), tuple(referrals))
+
+    def of_split(self, split: str) -> list[Referral]:
+        """The objects of one split; DataError names the splits there are."""
+        chosen = [referral for referral in self.referrals if referral.split == split]
+        if not chosen:
+            counts = ", ".join(f"{name} ({n})" for name, n in Counter(r.split for r in self.referrals).items())
+            raise DataError(
+                f"{self.folder}: no referred object has split '{split}'; there are {counts or 'none at all'}"
+            )
+        return chosen
+
+    def expressions(self, split: str) -> list[Target]:
+        """One target per expression, id = sent_id."""
+        return [
+            Target(str(sent_id), r.image, r.width, r.height, text, r.box, r.category, kind)
+            for r in self.of_split(split)
+            for sent_id, text, kind in r.sentences
+        ]
+
+    def objects(self, split: str) -> list[Target]:
+        """One target per referred object, id = ref_id, without text."""
+        return [Target(str(r.ref_id), r.image, r.width, r.height, "", r.box, r.category) for r in self.of_split(split)]
+
+    def completeness(self, split: str, num_refs: int, num_expressions: int) -> str:
+        """How the numbers evaluated stand to the published ones: `published`, `own data`, or `PARTIAL: ...`."""
+        own = not all(r.image.rpartition("/")[2].startswith(PUBLISHED_IMAGES) for r in self.referrals)
+        here = self.of_split(split)
+        whole = (len(here), sum(len(r.sentences) for r in here))
+        if own:
+            return "own data" if (num_refs, num_expressions) == whole else f"PARTIAL: {num_expressions} of {whole[1]}"
+        published = PUBLISHED.get((self.folder.resolve().name, self.split_by), {}).get(split)
+        if published is None:
+            return f"PARTIAL: no published count for folder '{self.folder.resolve().name}', {self.split_by}, {split}"
+        if (num_refs, num_expressions) == published:
+            return "published"
+        return f"PARTIAL: {num_expressions} of {published[1]} expressions, {num_refs} of {published[0]} objects"
+
+
+def _refs_file(folder: Path, split_by: str | None) -> Path:
+    found = sorted(folder.glob("refs(*).p"))
+    if split_by is not None:
+        return folder / f"refs({split_by}).p"
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise DataError(f"{folder} must hold one refs(...).p, it holds {names}; choose with --split-by unc|umd|google")
+    return found[0]

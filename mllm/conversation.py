@@ -1,0 +1,133 @@
+"""Conversations as text and as tokens: chat templates, boxes written into sentences, labels from the template's marks.
+
+A record (LLaVA's JSON with regions) becomes chat messages, the chat template writes them as one string, and the
+template's `{% generation %}` marks say which tokens are the assistant's. Labels never come from lengths of re-tokenised
+pieces, the source of LLaVA's "tokenization mismatch".
+"""
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from encoder.errors import DataError
+from encoder.geometry import Geometry
+from mllm.box_text import BoxCodec
+
+IMAGE = "<image>"
+IGNORE = -100
+PLACEHOLDER = re.compile(r"<(region|box):(\d+)>")
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# A message's content is a string, or the list of parts that transformers' processors write.
+_CONTENT = (
+    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
+)
+
+
+def _turns(system: str) -> str:
+    return (
+        _CONTENT + "{{ bos_token }}"
+        f"{{% if messages[0]['role'] == 'system' %}}{{{{ text(messages[0]['content']) + ' ' }}}}"
+        f"{{% else %}}{{{{ {system!r} }}}}{{% endif %}}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ 'USER: ' + text(message['content']) + ' ASSISTANT:' }}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{% generation %}{{ ' ' + text(message['content']) + eos_token }}{% endgeneration %}"
+        "{% endif %}{% endfor %}"
+    )
+
+
+# simple: USER and ASSISTANT turns; vicuna_v1: the same after LLaVA-1.5's system sentence; plain: LLaVA's alignment step,
+# the picture and its caption with nothing between.
+TEMPLATES = {
+    "simple": _turns(""),
+    "vicuna_v1": _turns(_VICUNA_SYSTEM + " "),
+    "plain": (
+        _CONTENT + "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<image>' }}"
+        "{% elif message['role'] == 'assistant' %}{% generation %}{{ text(message['content']) + '\n' }}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+    ),
+}
+
+
+def has_generation_marks(template: str | None) -> bool:
+    return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """Sets the tokenizer's chat template and returns its name.
+
+    name: one of `TEMPLATES`, or `auto`: the tokenizer's own where it marks the assistant's text, else `simple`
+    """
+    if name == "auto":
+        if has_generation_marks(tokenizer.chat_template):
+            return "own"
+        name = "simple"
+    if name not in TEMPLATES:
+        raise DataError(f"template '{name}' is not known; choose auto or one of {', '.join(TEMPLATES)}")
+    tokenizer.chat_template = TEMPLATES[name]
+    return name
+
+
+def write_boxes(text: str, boxes_px: list, geometry: Geometry | None, codec: BoxCodec) -> str:
+    """`<region:i>` and `<box:i>` in `text` become the i-th box (xyxy, pixels of the original image) as words."""
+
+    def words(match: re.Match) -> str:
+        box = torch.as_tensor(boxes_px[int(match[2])], dtype=torch.float64)
+        return codec.encode(geometry.boxes_to_model(box))
+
+    return PLACEHOLDER.sub(words, text)
+
+
+def question_with_boxes(question: str, boxes_px: list, geometry: Geometry, codec: BoxCodec) -> str:
+    """A question that names boxes by `<region:i>` or, one per box and in order, by `<region>`."""
+    for index in range(question.count("<region>")):
+        question = question.replace("<region>", f"<region:{index}>", 1)
+    missing = [m[0] for m in PLACEHOLDER.finditer(question) if int(m[2]) >= len(boxes_px)]
+    if missing:
+        raise DataError(f"question '{question}' has {missing[0]}, but {len(boxes_px)} boxes came with it; give that box")
+    return write_boxes(question, boxes_px, geometry, codec)
+
+
+def messages_of(record: dict, geometry: Geometry | None, codec: BoxCodec) -> list[dict]:
+    """A validated record -> chat messages; the picture's mark stands first in its turn, as in LLaVA."""
+    boxes_px = [region["box"] for region in record.get("regions", [])]
+    messages = []
+    for turn in record["conversations"]:
+        text = turn["value"]
+        if IMAGE in text:
+            text = IMAGE + "\n" + text.replace(IMAGE, "").strip()
+        messages.append({"role": ROLES[turn["from"]], "content": write_boxes(text, boxes_px, geometry, codec)})
+    return messages
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], names: Iterable[str], max_length: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Messages -> per conversation (input ids (L,) int32, True where the assistant speaks (L,)).
+
+    names: what to call each conversation in an error (its file and id)
+    max_length: tokens after which a conversation is cut; the picture counts as one here
+    """
+    encoded = tokenizer.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    rows = []
+    for name, ids, mask in zip(names, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        ids, mask = np.asarray(ids[:max_length], np.int32), np.asarray(mask[:max_length], bool)
+        if not mask.any():
+            raise DataError(
+                f"{name} has no supervised token within {max_length} tokens; "
+                "give it an assistant turn, or raise max_length"
+            )
+        rows.append((ids, mask))
+    return rows

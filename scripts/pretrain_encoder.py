@@ -1,0 +1,124 @@
+"""Pretrains an encoder on region shards: `cloc`, or `clip` for the baseline on the same images, order and steps.
+
+    python scripts/pretrain_encoder.py scripts/recipes/nano_encoder.yaml --shards DIR --output DIR
+    deepspeed --num_gpus 8 scripts/pretrain_encoder.py RECIPE --shards DIR --output DIR
+
+Any field of the recipe is also a flag. The same command again goes on from the last checkpoint.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers
+from encoder.data.reader import RegionDataset
+
+from encoder.arguments import add_fields, build, read_recipe
+from encoder.config import PRESETS
+from encoder.data.batches import RegionBatches
+from encoder.distributed import rank, world_size
+from encoder.errors import DataError, run_main
+from encoder.losses import LossConfig
+from encoder.model import ClocModel
+from encoder.pretrained import export_clip, folder_kind, from_clip, load_processor
+from encoder.pretraining import PretrainConfig, pretrain
+from encoder.processor import ClocImageProcessor, ClocProcessor
+from encoder.tokenizer import train_text_tokenizer
+
+
+def parse_arguments() -> tuple[PretrainConfig, LossConfig]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="YAML file with values of the fields below; flags win over it")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_fields(parser, PretrainConfig)
+    add_fields(parser, LossConfig)
+    flags = vars(parser.parse_args())
+    known = {field.name for cls in (PretrainConfig, LossConfig) for field in dataclasses.fields(cls)}
+    values = read_recipe(flags["recipe"], known) if flags["recipe"] else {}
+    values |= {key: value for key, value in flags.items() if key in known}
+    return build(PretrainConfig, values), build(LossConfig, values)
+
+
+def start_process_group() -> None:
+    """Joins the launcher's group; under plain `python`, makes a group of one on a free port of this machine."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def make_model(config: PretrainConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
+    """The model to train, the same on every rank, and its processor."""
+    fields = {} if config.prompter_readout is None else {"prompter_readout": config.prompter_readout}
+    torch.manual_seed(config.seed)
+    if config.init:
+        if folder_kind(config.init) == "cloc":
+            return ClocModel.from_pretrained(config.init, dtype=torch.float32, **fields), load_processor(config.init)
+        return from_clip(config.init, **fields), load_processor(config.init)
+    if config.preset not in PRESETS:
+        raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
+    limit = PRESETS[config.preset](**fields).text_config.max_position_embeddings
+    texts = (text for record in dataset.records for text in [*record.captions, *(p for r in record.regions for p in r.phrases)])
+    tokenizer = train_text_tokenizer(texts, config.vocab_size, limit)
+    model = ClocModel(PRESETS[config.preset](vocab_size=len(tokenizer), **fields))
+    image_processor = ClocImageProcessor(size=model.config.vision_config.image_size, geometry=model.config.geometry)
+    return model, ClocProcessor(image_processor, tokenizer)
+
+
+def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, config: PretrainConfig, loss_config: LossConfig):
+    """The trained model as a CLOC folder, or for the CLIP objective as a stock CLIP folder."""
+    folder = Path(config.output) / "model"
+    model = engine.module
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=config.zero_stage == 3):
+        if rank() == 0:
+            if config.objective == "cloc":
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
+            else:
+                export_clip(model, folder, processor)
+            record = {**asdict(config), "loss": asdict(loss_config), "world_size": world_size()}
+            (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+            print(f"done: {config.steps} steps, the {config.objective} encoder is in {folder}", flush=True)
+
+
+def main() -> None:
+    config, loss_config = parse_arguments()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    dataset = RegionDataset(config.shards)
+    start_process_group()
+    model, processor = make_model(config, dataset)
+    if config.objective == "clip":
+        # Same initial towers as the method's; the Prompter takes no part and is not saved.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = not name.startswith(("prompter.", "text_prompter.", "box_head.", "region_logit_scale"))
+    batches = RegionBatches(
+        dataset,
+        processor,
+        config.batch_size,
+        config.max_boxes,
+        config.seed,
+        rank(),
+        world_size(),
+        with_regions=config.objective == "cloc",
+    )
+    engine = pretrain(model, processor, batches, config, loss_config)
+    save_final(engine, processor, config, loss_config)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,133 @@
+"""Metrics against independent references: pycocotools' IoU, naive float64 loops, textbook values."""
+
+import random
+
+import numpy as np
+import pytest
+
+from eval import metrics
+from eval.metrics import Interval
+
+
+def test_paired_iou_equals_pycocotools_and_is_zero_for_unparsed():
+    mask = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 100, (200, 2, 2))
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+    a, b = boxes[:100], boxes[100:]
+    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    reference = [mask.iou(xywh[i : i + 1], xywh[100 + i : 101 + i], [0])[0, 0] for i in range(100)]
+    np.testing.assert_allclose(metrics.paired_iou(a, b), reference, atol=1e-12)
+
+    odd = np.array([[np.nan] * 4, [5, 5, 5, 9], [9, 9, 1, 1], [0, 0, 10, 5]])
+    truth = np.tile([0.0, 0.0, 10.0, 10.0], (4, 1))
+    np.testing.assert_array_equal(metrics.paired_iou(odd, truth), [0, 0, 0, 0.5])
+
+
+def test_accuracy_counts_the_threshold_itself():
+    iou = np.array([0.5, 0.4999, 0.75, 0.0])
+    assert metrics.accuracy_at(iou, 0.5) == 0.5
+    assert metrics.accuracy_at(iou, 0.75) == 0.25
+
+
+def test_size_bins_cover_every_side():
+    sides = np.array([0.05, 0.1, 0.15, 0.25, 0.4, 0.5, 1.0])
+    width, height = np.full(7, 200.0), np.full(7, 100.0)
+    half = sides[:, None] * np.array([200.0, 100.0])
+    boxes = np.concatenate([np.zeros((7, 2)), half], 1)
+    assert metrics.size_bin(boxes, width, height).tolist() == [0, 1, 1, 2, 3, 4, 4]
+    assert [metrics.size_name(i) for i in range(5)] == ["0-10%", "10-20%", "20-30%", "30-50%", "50-100%"]
+
+
+def test_macro_mean_is_the_mean_of_class_means():
+    values = [1, 0, 0, 0, 1]
+    classes = ["cat", "cat", "cat", "cat", "dog"]
+    assert metrics.macro_mean(values, classes) == pytest.approx((0.25 + 1.0) / 2)
+
+
+def test_wilson_interval_has_the_textbook_values():
+    assert metrics.wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert metrics.wilson_interval(7, 20) == pytest.approx((0.18119, 0.56715), abs=1e-5)
+    low, high = metrics.wilson_interval(10, 10)
+    assert (low, high) == pytest.approx((1 - 0.27753, 1.0), abs=1e-5)
+
+
+def _naive_bootstrap(values, images, statistic, samples=4000):
+    """Redraws images one by one and recomputes the statistic over the questions they bring."""
+    generator = random.Random(5)
+    members = {}
+    for i, image in enumerate(images):
+        members.setdefault(image, []).append(i)
+    names = list(members)
+    results = []
+    for _ in range(samples):
+        drawn = [i for _ in names for i in members[generator.choice(names)]]
+        results.append(statistic([values[i] for i in drawn], drawn))
+    results.sort()
+    return results[int(0.025 * samples)], results[int(0.975 * samples) - 1]
+
+
+@pytest.fixture(scope="module")
+def questions():
+    rng = np.random.default_rng(1)
+    images = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+    difference = rng.choice([-1.0, 0.0, 1.0], len(images), p=[0.1, 0.6, 0.3]) + (images % 3 == 0) * 0.5
+    classes = rng.integers(0, 4, len(images))
+    return difference, images, classes
+
+
+def test_paired_interval_equals_a_naive_bootstrap_over_images(questions):
+    difference, images, _ = questions
+    interval = metrics.mean_interval(difference, images, seed=3)
+    low, high = _naive_bootstrap(difference, images.tolist(), lambda drawn, _: sum(drawn) / len(drawn))
+    assert interval.value == pytest.approx(sum(difference) / len(difference), abs=1e-12)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.015)
+    assert interval == metrics.mean_interval(difference, images, seed=3), "the same seed gives the same interval"
+    assert interval != metrics.mean_interval(difference, images, seed=4)
+
+
+def test_macro_interval_equals_a_naive_bootstrap_over_images(questions):
+    difference, images, classes = questions
+
+    def statistic(values, drawn):
+        per_class = {}
+        for value, i in zip(values, drawn, strict=True):
+            per_class.setdefault(classes[i], []).append(value)
+        return sum(sum(v) / len(v) for v in per_class.values()) / len(per_class)
+
+    interval = metrics.macro_interval(difference, classes, images, samples=4000)
+    low, high = _naive_bootstrap(difference, images.tolist(), statistic)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02)
+    assert interval.value == pytest.approx(statistic(difference, range(len(images))), abs=1e-12)
+
+
+def test_blocks_do_not_change_the_draws(questions, monkeypatch):
+    difference, images, _ = questions
+    whole = metrics.mean_interval(difference, images)
+    monkeypatch.setattr(metrics, "_BLOCK", 1000)
+    assert metrics.mean_interval(difference, images) == whole
+
+
+def test_redrawing_questions_instead_of_images_would_be_too_sure():
+    images = np.repeat(np.arange(30), 10)
+    hits = (images % 2).astype(float)  # every question of an image has the same fate
+    clustered = metrics.mean_interval(hits, images)
+    naive = metrics.mean_interval(hits, np.arange(300))
+    assert clustered.high - clustered.low > 2.5 * (naive.high - naive.low)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        interval = metrics.mean_interval(rng.random(120) < 0.3, np.arange(120), seed=trial, samples=500)
+        covered += interval.low <= 0.3 <= interval.high
+    assert 180 <= covered <= 199
+
+
+def test_accuracy_without_spread_still_has_an_interval():
+    interval = metrics.accuracy_interval(np.ones(20), np.repeat(np.arange(10), 2))
+    assert (interval.low, interval.high) == pytest.approx((1 - 0.27753, 1.0), abs=1e-5)
+    assert interval.value == 1.0
+    assert np.isnan(metrics.mean_interval([1, 0], [7, 7]).low)
+    assert Interval(0.1, 0.01, 0.2, 5).excludes_zero and not Interval(0.1, -0.01, 0.2, 5).excludes_zero
