@@ -34,7 +34,7 @@ def contrastive_loss(
             filter_nE = normalize(filter_nE.float(), dim=-1)
             similar = filter_nE @ gather(filter_nE, counts).T > threshold
             similar[torch.arange(len(targets), device=targets.device), targets] = False
-            masked_fraction = float(similar.float().mean()) if similar.numel() else 0.0
+            masked_fraction = float(similar.sum()) / max(1, len(targets) * (total - 1))
 
     def direction(rows_nE, columns_NE):
         logits_nN = logit_scale.float() * rows_nE @ columns_NE.T

@@ -44,7 +44,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still need the one it handed over
         dist.all_reduce(grad)
         return grad[ctx.start : ctx.start + ctx.length], None
 

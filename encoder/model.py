@@ -67,6 +67,15 @@ class ClocModel(CLIPModel):
 
         return from_clip(folder, **fields)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: `_init_weights` below draws through `transformers.initialization`, which spares loaded weights itself.
+
+        For custom code transformers would skip every module without parameters of its own, and leave the Prompter's
+        and BoxHead's layers at a standard deviation of 1.
+        """
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -138,7 +147,9 @@ class ClocModel(CLIPModel):
         """
         image = self.encode_image(pixel_values)
         text_feat = self.encode_text(input_ids, attention_mask)
-        scales = self.logit_scale, self.logit_scale if self.region_logit_scale is None else self.region_logit_scale
+        region_scale = self.logit_scale if self.region_logit_scale is None else self.region_logit_scale
+        # As scalars, whatever shape the engine trains them in (see encoder.pretraining.reshape_scalars).
+        scales = self.logit_scale.reshape(()), region_scale.reshape(())
         if boxes is None:
             return ClocOutput(image.feat, text_feat, None, None, None, *scales)
         region_text_feat = self.encode_text(region_input_ids, region_attention_mask)

@@ -93,8 +93,19 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def reshape_scalars(model: ClocModel, shape: tuple[int, ...]) -> None:
+    """Gives the temperatures the shape (1,) for training and () again for saving.
+
+    DeepSpeed 0.19 broadcasts every parameter as bytes, and a tensor of no dimension cannot be viewed as bytes.
+    """
+    for name, parameter in list(model.named_parameters(recurse=False)):
+        if parameter.numel() == 1:
+            setattr(model, name, torch.nn.Parameter(parameter.detach().reshape(shape), parameter.requires_grad))
+
+
 def make_engine(model: ClocModel, config: PretrainConfig) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine around `model` with AdamW, warm-up and cosine."""
+    reshape_scalars(model, (1,))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,

@@ -31,16 +31,19 @@ class Instances:
     categories: dict[int, str]
     annotations: dict[int, Annotation]
 
-    def box(self, annotation: Annotation) -> tuple[float, float, float, float]:
-        """The box as xyxy pixels. DataError when it has no area or lies outside its image by more than a pixel."""
-        _, width, height = self.images[annotation.image_id]
-        box = xywh_to_xyxy(torch.tensor([annotation.box_xywh], dtype=torch.float64))
-        if not valid_boxes(box, width, height).item():
+    def boxes(self, annotations: list[Annotation]) -> list[tuple[float, float, float, float]]:
+        """Their boxes as xyxy pixels. DataError for one without area, or more than a pixel outside its image."""
+        xywh_R4 = torch.tensor([row.box_xywh for row in annotations], dtype=torch.float64).reshape(-1, 4)
+        frame_R2 = torch.tensor([self.images[row.image_id][1:] for row in annotations]).reshape(-1, 2)
+        boxes_R4 = xywh_to_xyxy(xywh_R4)
+        valid_R = valid_boxes(boxes_R4, float("inf"), float("inf")) & (boxes_R4[:, 2:] <= frame_R2 + 1).all(-1)
+        for index in (~valid_R).nonzero().flatten().tolist()[:1]:
+            width, height = frame_R2[index].tolist()
             raise DataError(
-                f"{self.path}: annotation {annotation.id} has bbox {list(annotation.box_xywh)} in an image of "
+                f"{self.path}: annotation {annotations[index].id} has bbox {list(annotations[index].box_xywh)} in an image of "
                 f"{width}x{height} px; it needs a positive size and a place inside the image, correct or remove it"
             )
-        return tuple(box[0].tolist())
+        return [tuple(box) for box in boxes_R4.tolist()]
 
 
 def read_instances(path: Path) -> Instances:
@@ -56,9 +59,7 @@ def read_instances(path: Path) -> Instances:
         images = {row["id"]: (row["file_name"], row["width"], row["height"]) for row in content["images"]}
         categories = {row["id"]: row["name"] for row in content["categories"]}
         annotations = {
-            row["id"]: Annotation(
-                row["id"], row["image_id"], row["category_id"], tuple(row["bbox"]), bool(row.get("iscrowd", 0))
-            )
+            row["id"]: Annotation(row["id"], row["image_id"], row["category_id"], tuple(row["bbox"]), bool(row.get("iscrowd", 0)))
             for row in content["annotations"]
         }
     except (KeyError, TypeError) as error:
@@ -101,12 +102,3 @@ def check_images(named: dict[str, tuple[int, int]], folder: Path) -> None:
             f"{len(missing)} of {len(named)} images are not in {folder}, the first is {missing[0]}; "
             "pass the folder that holds them as --images"
         )
-
-
-def open_image(path: Path) -> Image.Image:
-    """The picture in RGB. DataError when its pixels cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); download or write it again") from None

@@ -93,7 +93,7 @@ class PredictionLog:
         settings: dict[str, Any],
     ):
         self.folder = Path(folder)
-        self.targets = targets
+        self.targets, self.name = targets, f"{protocol['benchmark']}/{protocol['split']}"
         lines = [json.dumps(asdict(target)) for target in targets]
         protocol = {**protocol, "n": len(targets), "targets_sha256": _sha256(lines)}
         run = {"protocol": protocol, "model": model, "launches": [launch_record(settings)]}
@@ -168,9 +168,7 @@ def load_evaluation(folder: Path) -> Evaluation:
         )
     if len(by_id) > len(targets):
         unknown = next(iter(by_id.keys() - {target.id for target in targets}))
-        raise DataError(
-            f"{path}: id {unknown} answers no question of targets.jsonl; remove the folder and evaluate again"
-        )
+        raise DataError(f"{path}: id {unknown} answers no question of targets.jsonl; remove the folder and evaluate again")
     return Evaluation(folder, run, targets, [by_id[target.id] for target in targets])
 
 
@@ -178,9 +176,7 @@ def find_evaluations(run_folder: Path) -> list[Path]:
     """The evaluation folders inside a run folder, sorted. DataError when there are none."""
     found = sorted(path.parent for path in Path(run_folder).rglob("run.json"))
     if not found:
-        raise DataError(
-            f"{run_folder} holds no evaluation (no run.json below it); give the --out folder of an evaluation"
-        )
+        raise DataError(f"{run_folder} holds no evaluation (no run.json below it); give the --out folder of an evaluation")
     return found
 
 
@@ -192,9 +188,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} is not there; give the --out folder of an evaluation") from None
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}); remove the folder and evaluate again"
-        ) from None
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); remove the folder and evaluate again") from None
     missing = {"protocol", "model", "launches"} - run.keys()
     if missing:
         raise DataError(f"{path}: no key '{sorted(missing)[0]}'; remove the folder and evaluate again")

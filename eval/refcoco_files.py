@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.errors import DataError
-from eval.coco_files import read_instances
+from eval.coco_files import Instances, read_instances
 from eval.predictions import Target
 
 # Folder name, who split it -> split -> (objects referred to, expressions).
@@ -39,16 +39,12 @@ def read_plain_pickle(path: Path) -> Any:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise DataError(
-            f"{path} is not there; --data is the folder that holds refs(...).p and instances.json"
-        ) from None
+        raise DataError(f"{path} is not there; --data is the folder that holds refs(...).p and instances.json") from None
     try:
         return _NoClasses(io.BytesIO(data), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         if "it names" in str(error):
-            raise DataError(
-                f"{path}: {error}, and only lists, dicts, strings and numbers are read; do not trust it"
-            ) from None
+            raise DataError(f"{path}: {error}, and only lists, dicts, strings and numbers are read; do not trust it") from None
         raise DataError(f"{path}: not a whole pickle ({error}); download it again") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise DataError(f"{path}: not a whole pickle ({type(error).__name__}: {error}); download it again") from None
@@ -74,9 +70,12 @@ class Referral:
 
 @dataclass(frozen=True)
 class RefcocoFiles:
-    """All objects of one `refs(...).p`; `split_by` is the word in its name."""
+    """All objects of one `refs(...).p`.
 
-    folder: Path
+    name: of its folder (`refcoco`, `refcoco+`, `refcocog`); split_by: the word in the file's name (`unc`, `umd`, `google`)
+    """
+
+    name: str
     split_by: str
     referrals: tuple[Referral, ...]
 
@@ -91,45 +90,33 @@ class RefcocoFiles:
         if not isinstance(refs, list):
             raise DataError(f"{path}: holds a {type(refs).__name__}, a list of referred objects was expected")
         instances = read_instances(folder / "instances.json")
-        referrals, seen_refs, seen_sentences = [], set(), set()
-        for index, ref in enumerate(refs):
-            where = f"{path}, item {index}"
-            try:
-                sentences = tuple((s["sent_id"], s["sent"], s.get("kind", "")) for s in ref["sentences"])
-                ref_id, ann_id, image_id, split = ref["ref_id"], ref["ann_id"], ref["image_id"], ref["split"]
-                category_id = ref["category_id"]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"{where}: not a referred object ({error!r}); see github.com/lichengunc/refer"
-                ) from None
-            for what, key, known in (
-                ("ann_id", ann_id, instances.annotations),
-                ("image_id", image_id, instances.images),
-                ("category_id", category_id, instances.categories),
-            ):
-                if key not in known:
-                    raise DataError(
-                        f"{where}: {what} {key} is not in {instances.path}; the two files belong to different sets"
-                    )
-            doubled = {ref_id} & seen_refs or {s[0] for s in sentences} & seen_sentences
-            if doubled or len({s[0] for s in sentences}) < len(sentences):
-                raise DataError(f"{where}: ref_id {ref_id} or one of its sent_ids occurs twice; ids must be unique")
-            seen_refs.add(ref_id)
-            seen_sentences.update(s[0] for s in sentences)
-            box = instances.box(instances.annotations[ann_id])
-            image, width, height = instances.images[image_id]
-            category = instances.categories[category_id]
-            referrals.append(Referral(ref_id, split, image, width, height, box, category, sentences))
-        return cls(folder, path.stem.removeprefix("refs(").removesuffix(")"), tuple(referrals))
+        rows = [_row(ref, f"{path}, item {index}", instances) for index, ref in enumerate(refs)]
+        _refuse_doubled(path, "ref_id", [row["ref_id"] for row in rows])
+        _refuse_doubled(path, "sent_id", [sent_id for row in rows for sent_id, _, _ in row["sentences"]])
+        annotations = [instances.annotations[row["ann_id"]] for row in rows]
+        referrals = tuple(
+            Referral(
+                row["ref_id"],
+                row["split"],
+                *instances.images[row["image_id"]],
+                box,
+                instances.categories[row["category_id"]],
+                row["sentences"],
+            )
+            for row, box in zip(rows, instances.boxes(annotations), strict=True)
+        )
+        return cls(folder.resolve().name, path.stem.removeprefix("refs(").removesuffix(")"), referrals)
+
+    def test_splits(self) -> list[str]:
+        """The splits that are there, without train, in file order."""
+        return [split for split in dict.fromkeys(r.split for r in self.referrals) if split != "train"]
 
     def of_split(self, split: str) -> list[Referral]:
         """The objects of one split; DataError names the splits there are."""
         chosen = [referral for referral in self.referrals if referral.split == split]
         if not chosen:
             counts = ", ".join(f"{name} ({n})" for name, n in Counter(r.split for r in self.referrals).items())
-            raise DataError(
-                f"{self.folder}: no referred object has split '{split}'; there are {counts or 'none at all'}"
-            )
+            raise DataError(f"{self.name}: no referred object has split '{split}'; there are {counts or 'none at all'}")
         return chosen
 
     def expressions(self, split: str) -> list[Target]:
@@ -144,19 +131,24 @@ class RefcocoFiles:
         """One target per referred object, id = ref_id, without text."""
         return [Target(str(r.ref_id), r.image, r.width, r.height, "", r.box, r.category) for r in self.of_split(split)]
 
-    def completeness(self, split: str, num_refs: int, num_expressions: int) -> str:
-        """How the numbers evaluated stand to the published ones: `published`, `own data`, or `PARTIAL: ...`."""
-        own = not all(r.image.rpartition("/")[2].startswith(PUBLISHED_IMAGES) for r in self.referrals)
+    def completeness(self, split: str, task: str, num_questions: int) -> str:
+        """How the questions evaluated stand to the published set: `published`, `own data`, or `PARTIAL: ...`.
+
+        task: `grounding` counts expressions, `naming` objects; num_questions: how many are evaluated
+        """
         here = self.of_split(split)
-        whole = (len(here), sum(len(r.sentences) for r in here))
-        if own:
-            return "own data" if (num_refs, num_expressions) == whole else f"PARTIAL: {num_expressions} of {whole[1]}"
-        published = PUBLISHED.get((self.folder.resolve().name, self.split_by), {}).get(split)
-        if published is None:
-            return f"PARTIAL: no published count for folder '{self.folder.resolve().name}', {self.split_by}, {split}"
-        if (num_refs, num_expressions) == published:
-            return "published"
-        return f"PARTIAL: {num_expressions} of {published[1]} expressions, {num_refs} of {published[0]} objects"
+        whole = (len(here), sum(len(referral.sentences) for referral in here))
+        own = not all(r.image.rpartition("/")[2].startswith(PUBLISHED_IMAGES) for r in self.referrals)
+        expected = whole if own else PUBLISHED.get((self.name, self.split_by), {}).get(split)
+        if expected is None:
+            return f"PARTIAL: no published count is known for {self.name}, {self.split_by}, {split}"
+        for index, unit in enumerate(("objects", "expressions")):
+            if whole[index] != expected[index]:
+                return f"PARTIAL: the file has {whole[index]} of {expected[index]} {unit}"
+        all_questions = whole[task == "grounding"]
+        if num_questions < all_questions:
+            return f"PARTIAL: {num_questions} of {all_questions}"
+        return "own data" if own else "published"
 
 
 def _refs_file(folder: Path, split_by: str | None) -> Path:
@@ -167,3 +159,26 @@ def _refs_file(folder: Path, split_by: str | None) -> Path:
         names = ", ".join(path.name for path in found) or "none"
         raise DataError(f"{folder} must hold one refs(...).p, it holds {names}; choose with --split-by unc|umd|google")
     return found[0]
+
+
+def _row(ref: dict, where: str, instances: Instances) -> dict:
+    """The keys of a refs item that are used, `sentences` as (sent_id, sent, kind); its ids must be in `instances`."""
+    try:
+        row = {key: ref[key] for key in ("ref_id", "split", "ann_id", "image_id", "category_id")}
+        row["sentences"] = tuple((s["sent_id"], s["sent"], s.get("kind", "")) for s in ref["sentences"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: not a referred object ({error!r}); see github.com/lichengunc/refer") from None
+    for key, known in (
+        ("ann_id", instances.annotations),
+        ("image_id", instances.images),
+        ("category_id", instances.categories),
+    ):
+        if row[key] not in known:
+            raise DataError(f"{where}: {key} {row[key]} is not in {instances.path}; the two files belong to different sets")
+    return row
+
+
+def _refuse_doubled(path: Path, key: str, ids: list) -> None:
+    if len(set(ids)) < len(ids):
+        doubled = next(value for value, count in Counter(ids).items() if count > 1)
+        raise DataError(f"{path}: {key} {doubled} occurs twice; answers are joined by it, so it must be unique")

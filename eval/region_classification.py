@@ -15,16 +15,18 @@ from tqdm import tqdm
 
 from encoder.errors import DataError, run_main
 from encoder.pretrained import load_encoder, load_processor, weights_hash
-from eval.coco_files import check_images, open_image, read_instances
+from eval.answering import best_device
+from eval.coco_files import check_images, read_instances
 from eval.predictions import Prediction, PredictionLog, Target
 from eval.region_features import FEATURES, RegionFeatures, name_classifier, templates_named
-from eval.scoring import score_folder, score_line
+from eval.scoring import score_folder, score_line, score_run
+from mllm.image_input import read_picture
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a CLOC or of any transformers CLIP")
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO-style instances file with the true boxes")
+    parser.add_argument("--annotations", type=Path, help="COCO-style instances file with the true boxes")
     parser.add_argument("--images", type=Path, help="folder that the file names in --annotations are relative to")
     parser.add_argument(
         "--feature", choices=FEATURES, default="prompter", help="how a box becomes a feature (default: %(default)s)"
@@ -35,23 +37,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--crop-scale", type=float, default=1.0, help="crop this many times the box (1.5 adds context); default 1.0"
     )
-    parser.add_argument(
-        "--templates", default="name", help="'name', 'openai80', or a sentence such as \"a photo of a {}\""
-    )
+    parser.add_argument("--templates", default="name", help="'name', 'openai80', or a sentence such as \"a photo of a {}\"")
     parser.add_argument("--geometry", choices=("pad", "squash"), help="instead of the model's own, for a stock CLIP")
     parser.add_argument("--limit", type=int, help="only the first boxes; the result is marked PARTIAL")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--out", type=Path, required=True, help="run folder; several benchmarks may share one")
-    parser.add_argument("--score-only", action="store_true", help="score the answers already in --out, without a model")
+    parser.add_argument("--score-only", action="store_true", help="score all answers in --out again, without a model")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.score_only:
+        return score_run(args.out)
+    if args.model is None or args.annotations is None or args.images is None:
+        raise DataError("--model, --annotations and --images are needed, unless --score-only is given")
     folder = args.out / "region_classification" / args.annotations.stem / variant_name(args)
-    if not args.score_only:
-        classify(args, folder)
+    classify(args, folder)
     print(score_line(score_folder(folder)))
     print(f"answers and scores: {folder}")
 
@@ -64,8 +67,6 @@ def variant_name(args: argparse.Namespace) -> str:
 
 def classify(args: argparse.Namespace, folder: Path) -> None:
     """Answers every box that has no answer in `folder` yet."""
-    if args.model is None or args.images is None:
-        raise DataError("--model and --images are needed, unless --score-only is given")
     templates = templates_named(args.templates)
     targets, names, crowds = read_boxes(args.annotations)
     whole = len(targets)
@@ -73,7 +74,7 @@ def classify(args: argparse.Namespace, folder: Path) -> None:
     check_images({target.image: (target.width, target.height) for target in targets}, args.images)
 
     model, processor = load_encoder(args.model), load_processor(args.model)
-    model.to(args.device or default_device())
+    model.to(args.device or best_device())
     if args.geometry:
         processor.image_processor.geometry = args.geometry
     features = RegionFeatures(model, processor, args.feature, args.layer, args.crop_scale)
@@ -103,7 +104,7 @@ def classify(args: argparse.Namespace, folder: Path) -> None:
     remaining = log.remaining()
     with tqdm(total=len(targets), initial=len(targets) - len(remaining), unit="box", desc=folder.parent.name) as bar:
         for batch in image_batches(remaining, args.batch_size):
-            images = [open_image(args.images / group[0].image) for group in batch]
+            images = [read_picture(args.images / group[0].image) for group in batch]
             emb_RE = features.embed(images, [[target.box for target in group] for group in batch])
             best_R = (emb_RE @ classifier_KE.float().T).argmax(dim=1).tolist()
             answered = [target for group in batch for target in group]
@@ -122,10 +123,11 @@ def read_boxes(annotations: Path) -> tuple[list[Target], list[str], int]:
     names = list(instances.categories.values())
     if len(set(names)) < len(names):
         raise DataError(f"{annotations}: a category name occurs twice; names are what is predicted, merge them")
-    kept = [a for a in instances.annotations.values() if not a.crowd]
+    kept = [row for row in instances.annotations.values() if not row.crowd]
+    kept.sort(key=lambda row: row.image_id)
     targets = [
-        Target(str(a.id), *instances.images[a.image_id], "", instances.box(a), instances.categories[a.category_id])
-        for a in sorted(kept, key=lambda a: a.image_id)
+        Target(str(row.id), *instances.images[row.image_id], "", box, instances.categories[row.category_id])
+        for row, box in zip(kept, instances.boxes(kept), strict=True)
     ]
     if not targets:
         raise DataError(f"{annotations}: holds no box outside crowds; there is nothing to classify")
@@ -142,12 +144,6 @@ def image_batches(targets: list[Target], batch_size: int):
             batch = []
     if batch:
         yield batch
-
-
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

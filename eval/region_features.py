@@ -103,9 +103,7 @@ class RegionFeatures:
     layer: for RoIAlign, -1 or -2; crop_scale: for crops. Raises DataError where the model cannot do what is asked.
     """
 
-    def __init__(
-        self, model: CLIPModel, processor: ClocProcessor, feature: str, layer: int = -1, crop_scale: float = 1.0
-    ):
+    def __init__(self, model: CLIPModel, processor: ClocProcessor, feature: str, layer: int = -1, crop_scale: float = 1.0):
         if feature == "prompter" and not isinstance(model, ClocModel):
             raise DataError("--feature prompter needs a CLOC folder, this is a plain CLIP; use roialign or crop for it")
         if processor.image_processor.geometry == "center_crop" and feature != "crop":

@@ -25,7 +25,7 @@ from eval.metrics import (
     size_bin,
     size_name,
 )
-from eval.predictions import Evaluation, load_evaluation, write_whole
+from eval.predictions import Evaluation, find_evaluations, load_evaluation, write_whole
 
 TASKS = ("grounding", "naming")
 # The accuracies that tables and comparisons show, per task, first the one that the task is judged by.
@@ -135,3 +135,10 @@ def score_line(scores: dict[str, Any]) -> str:
         parts.append(f"acc_75 {100 * scores['acc_75']:.1f}  mean IoU {100 * scores['mean_iou']:.1f}")
         parts.append(f"unparsed {scores['unparsed']}")
     return f"{scores['benchmark']:<28} {'  '.join(parts)}  n {scores['n']}  ({scores['completeness']})"
+
+
+def score_run(run_folder: Path) -> None:
+    """Scores every evaluation below a run folder again and prints a line for each: `--score-only`."""
+    for folder in find_evaluations(run_folder):
+        print(score_line(score_folder(folder)))
+    print(f"answers and scores: {run_folder}")

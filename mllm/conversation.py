@@ -6,7 +6,6 @@ pieces, the source of LLaVA's "tokenization mismatch".
 """
 
 import re
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -53,7 +52,7 @@ TEMPLATES = {
     "vicuna_v1": _turns(_VICUNA_SYSTEM + " "),
     "plain": (
         _CONTENT + "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<image>' }}"
-        "{% elif message['role'] == 'assistant' %}{% generation %}{{ text(message['content']) + '\n' }}"
+        "{% elif message['role'] == 'assistant' %}{% generation %}{{ text(message['content']) + '\\n' }}"
         "{% endgeneration %}{% endif %}{% endfor %}"
     ),
 }
@@ -111,23 +110,33 @@ def messages_of(record: dict, geometry: Geometry | None, codec: BoxCodec) -> lis
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], names: Iterable[str], max_length: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Messages -> per conversation (input ids (L,) int32, True where the assistant speaks (L,)).
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict]],
+    names: list[str],
+    pictures: list[bool],
+    num_image_tokens: int,
+    max_length: int,
+) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+    """Messages -> per conversation (input ids (L,) int32, True where the assistant speaks (L,), whether it was cut).
 
     names: what to call each conversation in an error (its file and id)
-    max_length: tokens after which a conversation is cut; the picture counts as one here
+    pictures: whether it has a picture, which is one mark here and `num_image_tokens` tokens in the model
+    max_length: tokens, picture's included, after which a conversation is cut
     """
     encoded = tokenizer.apply_chat_template(
         conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     rows = []
-    for name, ids, mask in zip(names, encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        ids, mask = np.asarray(ids[:max_length], np.int32), np.asarray(mask[:max_length], bool)
+    for name, picture, ids, mask in zip(
+        names, pictures, encoded["input_ids"], encoded["assistant_masks"], strict=True
+    ):
+        limit = max_length - (num_image_tokens - 1) * picture
+        cut = len(ids) > limit
+        ids, mask = np.asarray(ids[:limit], np.int32), np.asarray(mask[:limit], bool)
         if not mask.any():
             raise DataError(
                 f"{name} has no supervised token within {max_length} tokens; "
-                "give it an assistant turn, or raise max_length"
+                "give it a gpt turn with text, or raise max_length"
             )
-        rows.append((ids, mask))
+        rows.append((ids, mask, cut))
     return rows

@@ -28,7 +28,7 @@ from encoder.errors import DataError, run_main
 from encoder.losses import LossConfig
 from encoder.model import ClocModel
 from encoder.pretrained import export_clip, folder_kind, from_clip, load_processor
-from encoder.pretraining import PretrainConfig, pretrain
+from encoder.pretraining import PretrainConfig, pretrain, reshape_scalars
 from encoder.processor import ClocImageProcessor, ClocProcessor
 from encoder.tokenizer import train_text_tokenizer
 
@@ -57,6 +57,10 @@ def start_process_group() -> None:
         }  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # DeepSpeed would compile a shared-memory operator first: minutes, and a build that is interrupted leaves a lock
+        # file on which every later run waits for ever. Gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
@@ -71,7 +75,8 @@ def make_model(config: PretrainConfig, dataset: RegionDataset) -> tuple[ClocMode
     if config.preset not in PRESETS:
         raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
     limit = PRESETS[config.preset](**fields).text_config.max_position_embeddings
-    texts = (text for record in dataset.records for text in [*record.captions, *(p for r in record.regions for p in r.phrases)])
+    records = (dataset.record(index) for index in range(len(dataset)))
+    texts = (text for record in records for text in [*record.captions, *(p for r in record.regions for p in r.phrases)])
     tokenizer = train_text_tokenizer(texts, config.vocab_size, limit)
     model = ClocModel(PRESETS[config.preset](vocab_size=len(tokenizer), **fields))
     image_processor = ClocImageProcessor(size=model.config.vision_config.image_size, geometry=model.config.geometry)
@@ -84,6 +89,7 @@ def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, conf
     model = engine.module
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=config.zero_stage == 3):
         if rank() == 0:
+            reshape_scalars(model, ())
             if config.objective == "cloc":
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)

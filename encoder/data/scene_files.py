@@ -1,0 +1,342 @@
+"""Scenes in the formats that real data has: WebDataset region shards, LLaVA conversations, RefCOCO, COCO instances.
+
+A folder of scenes holds `manifest.json` (written last), `images/<split>/<id>.png`, `shards/train/*.tar`,
+`conversations/{train,val}.json`, `refcoco/{refs(unc).p,instances.json}` and `regions/{seen,unseen}.json`. Boxes are
+pixel xyxy floats, but xywh in the two COCO-style files, as that format has it.
+"""
+
+import io
+import json
+import pickle
+import signal
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+from tqdm import tqdm
+
+from encoder.data.pictures import Picture, load_library, photographs
+from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
+from encoder.data.scenes import PictureLibrary, Scene, SceneConfig, draw_scene
+from encoder.errors import DataError
+
+FORMAT = "scenes/1"
+SHARD_SCENES = 1000
+EVAL_SPLITS = ("val", "testA", "testB")
+EVAL_CHUNK = 50  # scenes drawn by a worker at a time where the number needed is not known beforehand
+
+
+@dataclass(frozen=True)
+class SceneJob:
+    """What a folder of scenes is made from.
+
+    seed: everything drawn follows from it
+    num_train: training scenes
+    num_eval: expressions wanted, at least, in each of val, testA and testB
+    pictures: "base", "new", or a folder of RGBA cut-outs
+    backgrounds: a folder of photographs, or None for plain colours and gradients
+    turns: most question and answer pairs in a conversation
+    config: how scenes look
+    """
+
+    seed: int = 0
+    num_train: int = 1000
+    num_eval: int = 100
+    pictures: str = "base"
+    backgrounds: str | None = None
+    turns: int = 6
+    config: SceneConfig = SceneConfig()
+
+    def __post_init__(self):
+        for key in ("num_train", "num_eval", "turns"):
+            if getattr(self, key) < 1:
+                raise DataError(f"{key} is {getattr(self, key)}; give at least 1")
+
+    def split_config(self, split: str) -> SceneConfig:
+        """testA has two or three objects; testB has the most that the configuration allows, or one less, and a name
+        twice in every scene; the others follow the configuration. Evaluations ask for an object once: more questions
+        about the same picture would add little information and much computing."""
+        low, high = self.config.num_objects
+        config = self.config if split == "train" else replace(self.config, expressions_per_object=1)
+        if split == "testA":
+            return replace(config, num_objects=(min(2, high), min(3, high)))
+        if split == "testB":
+            return replace(config, num_objects=(max(low, high - 1), high), repeat_fraction=1.0)
+        return config
+
+
+@dataclass(frozen=True)
+class DrawnScene:
+    """A scene as it goes to files: `name` is `<split>/<id>`, `png` the file's bytes."""
+
+    name: str
+    png: bytes
+    scene: Scene
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.scene.image.size
+
+
+def conversation(drawn: DrawnScene, seed: int, turns: int) -> dict:
+    """One LLaVA record: a seeded mix of questions about a scene, about two thirds of them for a box.
+
+    Every object is asked about at most once, and an object that is asked for its name shares it with nothing that the
+    other turns name, so that no turn gives away another's answer.
+    """
+    rng = Random(f"{seed}/conversation/{drawn.name}")
+    objects = drawn.scene.objects
+    order = list(range(len(objects)))
+    rng.shuffle(order)
+    names = {item.name for item in objects}
+    num_turns = min(turns, len(objects))
+    num_referring = num_turns // 3 + (rng.random() < num_turns % 3 / 3)
+    if len(names) == 1:  # either kind would give the other's answer away
+        num_referring = int(rng.random() < 1 / 3)
+    referring: dict[str, int] = {}
+    for index in order:
+        if len(referring) < min(num_referring, max(1, len(names) - 1)):
+            referring.setdefault(objects[index].name, index)
+    texts: dict[int, list[str]] = {}
+    for index, text, _ in drawn.scene.expressions:
+        if not any(_mentions(text, name) for name in referring):
+            texts.setdefault(index, []).append(text)
+    grounding = [index for index in order if index in texts][: num_turns - len(referring)]
+    if not referring and not grounding:  # nothing is clearly true of any object: ask for a name instead
+        referring = {objects[order[0]].name: order[0]}
+    chosen = sorted([*referring.values(), *grounding])
+    regions = [{"box": list(objects[index].box)} for index in chosen]
+    asked = list(enumerate(chosen))
+    rng.shuffle(asked)
+    messages = []
+    for region, index in asked:
+        if index in grounding:
+            question, answer = GROUNDING_QUESTION.format(rng.choice(texts[index])), f"<box:{region}>"
+        else:
+            question, answer = REFERRING_QUESTION.format(f"<region:{region}>"), objects[index].name
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    messages[0]["value"] = "<image>\n" + messages[0]["value"]
+    width, height = drawn.size
+    return {
+        "id": drawn.name,
+        "image": f"{drawn.name}.png",
+        "width": width,
+        "height": height,
+        "conversations": messages,
+        "regions": regions,
+    }
+
+
+def _mentions(text: str, name: str) -> bool:
+    return f" {name} " in f" {text} "
+
+
+def region_record(drawn: DrawnScene) -> dict:
+    """The `.json` member of a region shard (see `encoder.data.records`)."""
+    width, height = drawn.size
+    return {
+        "image": f"{drawn.name.split('/')[-1]}.png",
+        "width": width,
+        "height": height,
+        "captions": [drawn.scene.caption],
+        "regions": [
+            {"box": list(item.box), "phrases": list(item.phrases), "score": 1.0, "source": "scenes"}
+            for item in drawn.scene.objects
+        ],
+    }
+
+
+def write_shard(path: Path, scenes: list[DrawnScene]) -> None:
+    """A WebDataset tar: `<id>.png`, `.json` (the region record) and `.txt` (the caption) per scene. Equal bytes for
+    equal scenes: members carry no time and no owner."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for drawn in scenes:
+            key = drawn.name.split("/")[-1]
+            members = {"png": drawn.png, "json": json.dumps(region_record(drawn)).encode(), "txt": drawn.scene.caption.encode()}
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+class CocoFiles:
+    """Collects COCO-style instances, and refs in the layout of lichengunc/refer. Ids count from 1, boxes are xywh."""
+
+    def __init__(self, names: list[str]):
+        self.category_ids = {name: index for index, name in enumerate(sorted(set(names)), start=1)}
+        self.images, self.annotations, self.refs = [], [], []
+        self.num_sentences = 0
+
+    def add(self, drawn: DrawnScene, split: str | None = None) -> None:
+        """Adds a scene's image and objects and, with a split, one ref per object that has expressions."""
+        image_id = len(self.images) + 1
+        file_name = f"{drawn.name}.png"
+        width, height = drawn.size
+        self.images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+        first_annotation = len(self.annotations) + 1
+        for offset, item in enumerate(drawn.scene.objects):
+            left, top, right, bottom = item.box
+            box_xywh = [left, top, right - left, bottom - top]
+            self.annotations.append(
+                {
+                    "id": first_annotation + offset,
+                    "image_id": image_id,
+                    "category_id": self.category_ids[item.name],
+                    "bbox": box_xywh,
+                    "area": box_xywh[2] * box_xywh[3],
+                    "iscrowd": 0,
+                    "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+                }
+            )
+        if split is None:
+            return
+        for offset, item in enumerate(drawn.scene.objects):
+            texts = [text for index, text, _ in drawn.scene.expressions if index == offset]
+            if not texts:
+                continue
+            sent_ids = [self.num_sentences + position for position in range(1, len(texts) + 1)]
+            self.num_sentences += len(texts)
+            self.refs.append(
+                {
+                    "ref_id": len(self.refs) + 1,
+                    "ann_id": first_annotation + offset,
+                    "category_id": self.category_ids[item.name],
+                    "image_id": image_id,
+                    "file_name": file_name,
+                    "split": split,
+                    "sent_ids": sent_ids,
+                    "sentences": [
+                        {"raw": text, "sent": text, "sent_id": sent_id, "tokens": text.split()}
+                        for sent_id, text in zip(sent_ids, texts, strict=True)
+                    ],
+                }
+            )
+
+    def instances(self) -> dict:
+        return {
+            "info": {"description": "composed scenes"},
+            "licenses": [],
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": [
+                {"id": number, "name": name, "supercategory": "picture"} for name, number in self.category_ids.items()
+            ],
+        }
+
+
+# What every worker process works with; pictures are loaded, and their errors raised, in the main process.
+_worker: dict = {}
+
+
+def _start_worker(job: SceneJob, folder: Path, seen: list[Picture], unseen: list[Picture], photos: list[Image.Image]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' business
+    libraries = {"seen": PictureLibrary(seen, photos), "unseen": PictureLibrary(unseen, photos)}
+    _worker.update(job=job, folder=folder, **libraries)
+
+
+def _draw_chunk(chunk: tuple[str, int, int]) -> list[DrawnScene]:
+    split, start, stop = chunk
+    job, library = _worker["job"], _worker["unseen" if chunk[0] == "unseen" else "seen"]
+    drawn = []
+    for index in range(start, stop):
+        scene = draw_scene(job.split_config(split), library, job.seed, index, split)
+        buffer = io.BytesIO()
+        scene.image.save(buffer, "PNG", compress_level=1)
+        drawn.append(DrawnScene(f"{split}/{index:06d}", buffer.getvalue(), scene))
+    return drawn
+
+
+def _write_images(folder: Path, scenes: list[DrawnScene]) -> None:
+    for drawn in scenes:
+        (folder / "images" / f"{drawn.name}.png").write_bytes(drawn.png)
+
+
+def _train_chunk(chunk: tuple[str, int, int]) -> tuple[int, list[dict]]:
+    """Draws and writes one shard with its images; returns its number of scenes and their conversations."""
+    scenes, job, folder = _draw_chunk(chunk), _worker["job"], _worker["folder"]
+    write_shard(folder / "shards" / "train" / f"{chunk[1] // SHARD_SCENES:05d}.tar", scenes)
+    _write_images(folder, scenes)
+    return len(scenes), [conversation(drawn, job.seed, job.turns) for drawn in scenes]
+
+
+def write_scenes(folder: Path, job: SceneJob, workers: int, progress: bool = True) -> dict:
+    """Draws all splits into `folder` (which exists and is empty) and returns counts and names for the manifest.
+
+    What is written does not depend on `workers`. Raises DataError where the pictures do not suffice.
+    """
+    seen, unseen = load_library(job.pictures, job.seed)
+    photos = photographs(job.backgrounds) if job.backgrounds else []
+    image_folders = [f"images/{split}" for split in ("train", *EVAL_SPLITS, "unseen")]
+    for sub in ("shards/train", "conversations", "refcoco", "regions", *image_folders):
+        (folder / sub).mkdir(parents=True)
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(job, folder, seen, unseen, photos))
+    names = {"seen": sorted({item.name for item in seen}), "unseen": sorted({item.name for item in unseen})}
+    try:
+        counts = {"train": _write_train(pool, folder, job, progress), **_write_eval(pool, folder, job, names, workers, progress)}
+    except BrokenProcessPool as error:
+        raise DataError("a drawing process was killed, perhaps for memory; run again with fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {"counts": counts, "names": names}
+
+
+def _write_train(pool: Executor, folder: Path, job: SceneJob, progress: bool) -> dict:
+    total, conversations = job.num_train, []
+    shards = [("train", start, min(start + SHARD_SCENES, total)) for start in range(0, total, SHARD_SCENES)]
+    with tqdm(total=total, desc="train", unit="scene", disable=not progress) as bar:
+        for number, records in pool.map(_train_chunk, shards):
+            conversations += records
+            bar.update(number)
+    _write_json(folder / "conversations" / "train.json", conversations)
+    return {"scenes": total}
+
+
+def _write_eval(pool: Executor, folder: Path, job: SceneJob, names: dict, workers: int, progress: bool) -> dict:
+    """val, testA and testB until each has the expressions wanted, and as many scenes of unseen pictures as val has."""
+    counts, conversations = {}, []
+    refcoco, seen, unseen = CocoFiles(names["seen"]), CocoFiles(names["seen"]), CocoFiles(names["unseen"])
+    for split in EVAL_SPLITS:
+        scenes, before = [], refcoco.num_sentences
+        with tqdm(total=job.num_eval, desc=split, unit="expression", disable=not progress) as bar:
+            for drawn in _scenes_of(pool, split, workers):
+                scenes.append(drawn)
+                refcoco.add(drawn, split)
+                bar.update(refcoco.num_sentences - before - bar.n)
+                if refcoco.num_sentences - before >= job.num_eval:
+                    break
+        _write_images(folder, scenes)
+        objects = sum(len(drawn.scene.objects) for drawn in scenes)
+        counts[split] = {"scenes": len(scenes), "objects": objects, "expressions": refcoco.num_sentences - before}
+        if split == "val":
+            for drawn in scenes:
+                seen.add(drawn)
+            conversations = [conversation(drawn, job.seed, job.turns) for drawn in scenes]
+    for drawn in islice(_scenes_of(pool, "unseen", workers), counts["val"]["scenes"]):
+        unseen.add(drawn)
+        _write_images(folder, [drawn])
+    counts["unseen"] = {"scenes": len(unseen.images), "objects": len(unseen.annotations)}
+    _write_json(folder / "conversations" / "val.json", conversations)
+    _write_json(folder / "regions" / "seen.json", seen.instances())
+    _write_json(folder / "regions" / "unseen.json", unseen.instances())
+    _write_json(folder / "refcoco" / "instances.json", refcoco.instances())
+    with open(folder / "refcoco" / "refs(unc).p", "wb") as file:
+        pickle.dump(refcoco.refs, file, protocol=2)
+    return counts
+
+
+def _scenes_of(pool: Executor, split: str, workers: int) -> Iterator[DrawnScene]:
+    """The scenes of a split, one after the other, without end; drawn ahead by all workers."""
+    for first in count(step=EVAL_CHUNK * workers):
+        chunks = [(split, first + number * EVAL_CHUNK, first + (number + 1) * EVAL_CHUNK) for number in range(workers)]
+        for scenes in pool.map(_draw_chunk, chunks):
+            yield from scenes
+
+
+def _write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

@@ -1,0 +1,149 @@
+"""Puts a benchmark's questions to a model: an MLLM folder (words) or a CLOC encoder folder (its BoxHead).
+
+Both have the same few methods, so a benchmark does not ask which one it has. Boxes are xyxy pixels of the original image.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from encoder.boxes import box_area
+from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
+from encoder.errors import DataError
+from encoder.model import ClocModel
+from encoder.pretrained import load_encoder, load_processor, weights_hash
+from eval.predictions import Prediction, PredictionLog, Target
+from mllm.generation import GroundingModel
+from mllm.image_input import read_picture
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class MllmAnswerer:
+    """An MLLM asked in words; one greedy decode per question.
+
+    protocol: what must be equal in a comparison; record: what tells this model from another
+    """
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype):
+        self.model = GroundingModel.from_pretrained(folder, device, dtype)
+        settings = self.model.settings
+        refuse_cutting_geometry(folder / "grounding.json", settings.image.mode)
+        vision_size = self.model.model.config.vision_config.image_size
+        if settings.image.size != vision_size:
+            raise DataError(
+                f"{folder}: grounding.json says images of {settings.image.size} px, config.json a tower of {vision_size} px; "
+                "write the folder again with scripts/finetune_mllm.py"
+            )
+        self.protocol = {"codec": settings.codec, "geometry": settings.image.mode, "decoding": "greedy"}
+        self.record = {
+            "kind": "mllm",
+            "weights_sha256": weights_hash(self.model.model),
+            "dtype": str(dtype).removeprefix("torch."),
+            "image_size": settings.image.size,
+            "feature_layer": settings.feature_layer,
+        }
+
+    def ground(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
+        """Asks where each target's expression is; one picture per target."""
+        prompts = [GROUNDING_QUESTION.format(target.text) for target in targets]
+        answers = self.model.generate(images, prompts, batch_size=batch_size, progress=False)
+        predictions = []
+        for target, prompt, raw in zip(targets, prompts, answers, strict=True):
+            box, reason = self.model.decode_box(raw, (target.width, target.height))
+            predictions.append(Prediction(target.id, target.image, prompt, raw, box, reason))
+        return predictions
+
+    def name(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
+        """Asks what stands in each target's box."""
+        prompt = REFERRING_QUESTION.format("<region:0>")
+        boxes = [[target.box] for target in targets]
+        answers = self.model.generate(images, [prompt] * len(targets), boxes, batch_size, progress=False)
+        return [Prediction(t.id, t.image, prompt, raw) for t, raw in zip(targets, answers, strict=True)]
+
+
+class EncoderAnswerer:
+    """A CLOC encoder alone: the expression prompts the Prompter, and the BoxHead reads the box from it."""
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype):
+        self.encoder, self.processor = load_encoder(folder, dtype), load_processor(folder)
+        if not isinstance(self.encoder, ClocModel):
+            raise DataError(f"{folder} is a plain CLIP, which cannot point; give an MLLM folder or a CLOC folder")
+        mode = self.processor.image_processor.geometry
+        refuse_cutting_geometry(folder, mode)
+        if mode != self.encoder.config.geometry:
+            raise DataError(
+                f"{folder}: the processor's geometry is '{mode}', config.json was trained with '{self.encoder.config.geometry}'; "
+                "make processor_config.json say the same"
+            )
+        self.protocol = {"codec": "box head", "geometry": mode, "decoding": "regression"}
+        self.record = {
+            "kind": "cloc",
+            "weights_sha256": weights_hash(self.encoder),
+            "dtype": str(dtype).removeprefix("torch."),
+            "image_size": self.processor.image_processor.size,
+        }
+        self.encoder.to(device)
+
+    @torch.inference_mode()
+    def ground(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
+        """Prompts with each target's expression; one picture per target, seen once by the tower."""
+        predictions = []
+        for start in range(0, len(targets), batch_size):
+            part = targets[start : start + batch_size]
+            pictures = {id(image): image for image in images[start : start + batch_size]}
+            place = {key: index for index, key in enumerate(pictures)}
+            image_index = torch.tensor([place[id(image)] for image in images[start : start + batch_size]])
+            predictions += self._ground(part, list(pictures.values()), image_index)
+        return predictions
+
+    def _ground(self, targets: list[Target], images: list[Image.Image], image_index_R: torch.Tensor) -> list[Prediction]:
+        encoder = self.encoder
+        inputs, geometries = self.processor.images(images)
+        tokens_BND = encoder.encode_image(inputs["pixel_values"].to(encoder.device, encoder.dtype)).tokens
+        text_feat_RE = encoder.encode_text(**self.processor.texts([target.text for target in targets]).to(encoder.device))
+        grounded_RE = encoder.embed_texts(tokens_BND, text_feat_RE, image_index_R.to(encoder.device))
+        boxes_R4 = encoder.predict_boxes(grounded_RE).float().cpu()
+        predictions = []
+        for target, index, box in zip(targets, image_index_R.tolist(), boxes_R4, strict=True):
+            raw = ", ".join(f"{value:.4f}" for value in box.tolist())
+            box_px = geometries[index].boxes_to_image(box)
+            empty = not box_area(box_px) > 0
+            answer = (None, "the box has no area inside the picture") if empty else (tuple(box_px.tolist()), None)
+            predictions.append(Prediction(target.id, target.image, target.text, raw, *answer))
+        return predictions
+
+
+def load_answerer(folder: Path, device: str | None, dtype: str) -> MllmAnswerer | EncoderAnswerer:
+    """The folder's own answerer: `grounding.json` marks an MLLM. DataError for a folder that is neither."""
+    if not folder.is_dir():
+        raise DataError(f"--model {folder} is not a folder; give that of a finetuned MLLM or of a CLOC encoder")
+    kind = MllmAnswerer if (folder / "grounding.json").exists() else EncoderAnswerer
+    return kind(folder, device or best_device(), DTYPES[dtype])
+
+
+def refuse_cutting_geometry(where: Path, mode: str) -> None:
+    if mode == "center_crop":
+        raise DataError(f"{where}: geometry 'center_crop' cuts objects off, boxes cannot be scored; train with 'pad' or 'squash'")
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def answer_all(log: PredictionLog, images: Path, answer, batch_size: int, unit: str) -> None:
+    """Answers what `log` lacks, a few batches between writes, questions on one picture together.
+
+    answer: `ground` or `name` of an answerer; unit: what the progress bar counts
+    """
+    log.report_resumed()
+    remaining = sorted(log.remaining(), key=lambda target: target.image)
+    num_targets, step = len(log.targets), 8 * batch_size
+    with tqdm(total=num_targets, initial=num_targets - len(remaining), unit=unit, desc=log.name) as bar:
+        for start in range(0, len(remaining), step):
+            targets = remaining[start : start + step]
+            pictures = {name: read_picture(images / name) for name in {target.image: None for target in targets}}
+            log.append(answer(targets, [pictures[target.image] for target in targets], batch_size))
+            bar.update(len(targets))

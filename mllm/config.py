@@ -1,0 +1,231 @@
+"""What one run of `scripts/finetune_mllm.py` does: a recipe is a YAML file of these fields, and each is a flag too."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from encoder.arguments import build, read_recipe
+from encoder.errors import DataError
+from encoder.geometry import MODES
+from mllm.box_text import CODECS
+from mllm.conversation import TEMPLATES
+
+PARTS = ("projector", "llm", "tower")
+PRESETS = ("nano",)
+PRECISIONS = ("bf16", "fp32")
+DTYPES = ("bfloat16", "float32")
+DEFAULT_FEATURE_LAYER = -2
+# Fields that may change between a run and its continuation.
+FREE_FIELDS = {"output", "log_every", "save_every", "keep_checkpoints", "workers", "cache_folder", "resume", "report_to"}
+
+
+@dataclass
+class MllmConfig:
+    """One training run. Paths are relative to the folder the command is started in.
+
+    data: conversation files (LLaVA JSON or JSON lines, with or without `regions`)
+    images: folder that the records' `image` is relative to
+    output: folder of the finished MLLM and of its checkpoints
+    model: an MLLM folder to go on from, with its tower, tokenizer and settings; instead of tower and llm
+    tower: folder of the vision tower: CLOC, CLIPModel or CLIPVisionModel
+    llm: folder of any causal language model with its tokenizer
+    llm_preset: a language model from scratch instead of `llm`: nano (Llama of llm_width x llm_layers)
+    projector: an MLLM folder whose projector is the start, with `tower` and `llm`
+    train: parts that learn: projector, llm, tower
+    learning_rate: peak rate of the language model, and of each part without a rate of its own
+    projector_learning_rate: peak rate of the projector
+    tower_learning_rate: peak rate of the tower
+    embedding_learning_rate: peak rate of a preset's token embeddings, which start at embedding_std
+    val_data: conversation files for a held-out loss, measured every val_every steps
+    val_every: steps between two held-out losses
+    tokenizer_data: conversation files that the preset's tokenizer is trained on; data if empty. Name later domains too
+    vocab_size: pieces of the preset's tokenizer, at most
+    llm_width: width of the preset's language model
+    llm_layers: its layers
+    llm_heads: its attention heads
+    llm_mlp_ratio: its MLP width as a multiple of its width
+    embedding_std: standard deviation of the preset's token embeddings and, through the projector, of image tokens;
+        at Llama's 0.02 a small model from scratch never learned to read positions, at 0.5 it did
+    feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; none takes the
+        MLLM folder's, or -2
+    geometry: how a picture becomes the square input, pad or squash; none takes the tower's
+    codec: how boxes are written: int1000
+    template: auto (the tokenizer's own where it marks the assistant's text), simple, vicuna_v1 or plain
+    max_length: longest conversation in tokens, picture included; longer ones are cut, and counted
+    batch_size: conversations per process and step
+    gradient_accumulation: batches per optimizer step
+    epochs: passes over the data
+    max_steps: optimizer steps; 0 leaves it to epochs
+    warmup: share of the steps in which the rate rises
+    schedule: cosine, linear or constant
+    weight_decay: of matrices
+    beta2: AdamW's second-moment decay
+    max_grad_norm: gradient norm is clipped to this
+    group_by_length: batches of conversations of like length
+    seed: of initial weights and data order
+    precision: bf16 (autocast; under DeepSpeed bf16 weights with a float32 master copy) or fp32
+    zero: DeepSpeed configuration file; none trains without DeepSpeed
+    gradient_checkpointing: recompute activations in the backward pass
+    attention: transformers' attention: sdpa or eager
+    cache_features: run the frozen tower once per picture and keep its features on disk
+    cache_folder: where features are kept, shared between runs on the same tower and pictures; none: in output
+    workers: processes that read pictures; 0 reads in the training process
+    log_every: steps between two log lines
+    save_every: steps between two checkpoints; 0 keeps none
+    keep_checkpoints: how many of the last checkpoints are kept
+    save_dtype: number format of the finished weights; frozen parts are rounded to it before training
+    resume: auto goes on from the last complete checkpoint of the same run, never starts over
+    report_to: tensorboard, wandb or none
+    """
+
+    data: list[str]
+    images: str
+    output: str
+    model: str | None = None
+    tower: str | None = None
+    llm: str | None = None
+    llm_preset: str | None = None
+    projector: str | None = None
+    train: list[str] = field(default_factory=lambda: ["projector", "llm"])
+    learning_rate: float = 1e-3
+    projector_learning_rate: float | None = None
+    tower_learning_rate: float | None = None
+    embedding_learning_rate: float | None = None
+    val_data: list[str] = field(default_factory=list)
+    val_every: int = 500
+    tokenizer_data: list[str] = field(default_factory=list)
+    vocab_size: int = 1024
+    llm_width: int = 192
+    llm_layers: int = 4
+    llm_heads: int = 6
+    llm_mlp_ratio: float = 3.0
+    embedding_std: float = 0.5
+    feature_layer: int | None = None
+    geometry: str | None = None
+    codec: str = "int1000"
+    template: str = "auto"
+    max_length: int = 2048
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    epochs: float = 1.0
+    max_steps: int = 0
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    group_by_length: bool = False
+    seed: int = 0
+    precision: str = "bf16"
+    zero: str | None = None
+    gradient_checkpointing: bool = False
+    attention: str = "sdpa"
+    cache_features: bool = False
+    cache_folder: str | None = None
+    workers: int = 0
+    log_every: int = 50
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    save_dtype: str = "bfloat16"
+    resume: str = "auto"
+    report_to: str = "tensorboard"
+
+    def __post_init__(self):
+        for name in ("data", "train", "val_data", "tokenizer_data"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        self._check_words()
+        self._check_parts()
+        self._check_numbers()
+
+    def _check_words(self):
+        words = {
+            "llm_preset": PRESETS,
+            "geometry": MODES,
+            "codec": CODECS,
+            "template": ("auto", *TEMPLATES),
+            "schedule": ("cosine", "linear", "constant"),
+            "precision": PRECISIONS,
+            "attention": ("sdpa", "eager"),
+            "save_dtype": DTYPES,
+            "resume": ("auto", "never"),
+            "report_to": ("tensorboard", "wandb", "none"),
+        }
+        for name, allowed in words.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise DataError(f"{name} is '{value}'; choose one of {', '.join(allowed)}")
+        for part in self.train:
+            if part not in PARTS:
+                raise DataError(f"train names '{part}'; choose from {', '.join(PARTS)}")
+        if not self.train or not self.data:
+            raise DataError(f"{'train' if not self.train else 'data'} is empty, so there is nothing to learn; name one")
+
+    def _check_parts(self):
+        starts = {"tower": self.tower, "llm": self.llm, "llm_preset": self.llm_preset, "projector": self.projector}
+        given = [name for name, value in starts.items() if value]
+        if self.model and given:
+            raise DataError(
+                f"model and {given[0]} are both given, but an MLLM folder brings its own; drop one of the two"
+            )
+        if not self.model:
+            if not self.tower:
+                raise DataError("neither model nor tower is given; name an MLLM folder, or a tower with an llm")
+            if bool(self.llm) == bool(self.llm_preset):
+                both = "both" if self.llm else "neither of them"
+                raise DataError(f"llm and llm_preset: {both} given; name a language model's folder or a preset")
+        if self.llm_preset and "llm" not in self.train:
+            raise DataError("llm_preset starts from random weights, but train lacks llm; add it")
+        if self.cache_features and "tower" in self.train:
+            raise DataError("cache_features keeps a frozen tower's features, but train names tower; drop one of the two")
+        rates = {"projector": self.projector_learning_rate, "tower": self.tower_learning_rate}
+        for part, rate in rates.items():
+            if rate is not None and part not in self.train:
+                raise DataError(f"{part}_learning_rate is given, but train lacks {part}; drop one or add the other")
+        if self.embedding_learning_rate is not None and "llm" not in self.train:
+            raise DataError("embedding_learning_rate is given, but train lacks llm; drop one or add the other")
+        if self.geometry == "center_crop":
+            raise DataError("geometry 'center_crop' cuts boxes off; choose pad or squash")
+
+    def _check_numbers(self):
+        at_least_one = ("batch_size", "gradient_accumulation", "log_every", "val_every", "max_length", "llm_layers")
+        for name in (*at_least_one, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("max_steps", "save_every", "workers", "weight_decay", "warmup"):
+            if getattr(self, name) < 0:
+                raise DataError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.llm_width % (2 * self.llm_heads):
+            raise DataError(
+                f"llm_width {self.llm_width} is not an even multiple of llm_heads {self.llm_heads}; rotary heads need it"
+            )
+        if self.learning_rate <= 0 or (self.epochs <= 0 and not self.max_steps):
+            raise DataError("learning_rate and epochs (or max_steps) must be above 0; nothing is learned otherwise")
+
+    @property
+    def trains(self) -> set[str]:
+        return set(self.train)
+
+    def identity(self) -> dict:
+        """The fields that make this run this run: a checkpoint goes on only under the same ones."""
+        return {name: value for name, value in vars(self).items() if name not in FREE_FIELDS}
+
+
+def load_config(recipe: str | Path | None, flags: dict) -> MllmConfig:
+    """A recipe's fields, overridden by flags; an unknown field is refused with its nearest valid name."""
+    values = read_recipe(recipe, set(MllmConfig.__dataclass_fields__)) if recipe else {}
+    return build(MllmConfig, values | flags)
+
+
+def check_identity(output: Path, config: MllmConfig) -> None:
+    """Refuses to go on from checkpoints in `output` that another configuration made, naming the field."""
+    path = output / "run.json"
+    if not path.is_file():
+        return
+    saved = json.loads(path.read_text())
+    for name, value in config.identity().items():
+        if name in saved and saved[name] != value:
+            raise DataError(
+                f"{path}: the checkpoints here were made with {name} = {saved[name]}, this run has {value}; "
+                f"choose another output, or pass --resume never to start over"
+            )

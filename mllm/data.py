@@ -1,0 +1,231 @@
+"""Conversations on disk -> checked records -> token rows -> batches.
+
+Everything is read, checked and tokenised before training starts, so that a bad record is named at once and a step costs
+nothing but its tensors. (B conversations, L tokens, N image tokens, I pictures of the batch.)
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from encoder.boxes import valid_boxes
+from encoder.errors import DataError
+from encoder.geometry import Geometry
+from mllm.box_text import BoxCodec
+from mllm.conversation import IGNORE, IMAGE, PLACEHOLDER, ROLES, messages_of, tokenize
+from mllm.image_input import ImageInput, no_picture, read_picture
+
+CHUNK = 1000
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """A JSON list or JSON lines of LLaVA records, as they are; each gets `_where`, its file and id or position."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"conversation file {path} does not exist; check data in the recipe")
+    try:
+        if path.suffix == ".jsonl":
+            records = []
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if line.strip():
+                    records.append(json.loads(line))
+        else:
+            number = None
+            records = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        line = number or error.lineno
+        raise DataError(f"{path}, line {line}: not JSON ({error.msg}); the file may be truncated") from error
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path} holds no list of records; a LLaVA file is a JSON list with at least one")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, record {index}: a {type(record).__name__}, not an object; write one object each")
+        record["_where"] = f"{path}, id {record['id']}" if "id" in record else f"{path}, record {index}"
+    return records
+
+
+def texts_of(path: str | Path) -> list[str]:
+    """What is said in a conversation file, without marks of pictures and boxes: to train a tokenizer on."""
+    records = read_records(path)
+    for record in records:
+        _check_turns(record)
+    turns = [turn["value"] for record in records for turn in record["conversations"]]
+    return [PLACEHOLDER.sub("", text).replace(IMAGE, "").strip() for text in turns]
+
+
+def check_record(record: dict, images: Path) -> None:
+    """Raises a `DataError` naming file, id and key where a record cannot be used; fills in width and height."""
+    _check_turns(record)
+    if "image" in record:
+        _check_image(record, images)
+    _check_regions(record, record["conversations"])
+
+
+def _check_turns(record: dict) -> None:
+    where = record["_where"]
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: key 'conversations' is missing or empty; give a list of turns")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
+            raise DataError(f"{where}: conversations[{index}] lacks 'from' or a text 'value'; give both")
+        if turn["from"] not in ROLES:
+            raise DataError(f"{where}: conversations[{index}].from is '{turn['from']}'; use human, gpt or system")
+    marks = [index for index, turn in enumerate(turns) for _ in range(turn["value"].count(IMAGE))]
+    if "image" in record and marks != [next((i for i, t in enumerate(turns) if t["from"] == "human"), -1)]:
+        raise DataError(f"{where}: key 'image' needs one {IMAGE} in the first human turn, {len(marks)} found; put it there")
+    if "image" not in record and marks:
+        raise DataError(f"{where}: {IMAGE} is written but key 'image' is missing; add it or take the mark out")
+
+
+def _check_image(record: dict, images: Path) -> None:
+    where, path = record["_where"], images / str(record["image"])
+    try:
+        with Image.open(path) as image:  # reads the header only
+            size = image.size
+    except FileNotFoundError:
+        raise DataError(f"{where}: image {path} does not exist; check 'image' and the folder of images") from None
+    except OSError:
+        raise DataError(f"{where}: image {path} cannot be read as a picture; replace it or drop the record") from None
+    told = (record.get("width", size[0]), record.get("height", size[1]))
+    if told != size:
+        raise DataError(
+            f"{where}: width x height say {told[0]}x{told[1]}, the picture {path} is {size[0]}x{size[1]}; correct them"
+        )
+    record["width"], record["height"] = size
+
+
+def _check_regions(record: dict, turns: list[dict]) -> None:
+    where, regions = record["_where"], record.get("regions", [])
+    for index, region in enumerate(regions):
+        box = region.get("box") if isinstance(region, dict) else None
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(c, int | float) for c in box):
+            raise DataError(f"{where}: regions[{index}].box is {box}; give four numbers x1, y1, x2, y2 in pixels")
+        if "image" not in record:
+            raise DataError(f"{where}: regions are given but key 'image' is missing; add the picture")
+        if not valid_boxes(torch.tensor([box], dtype=torch.float32), record["width"], record["height"])[0]:
+            raise DataError(
+                f"{where}: regions[{index}].box {box} has no area or leaves the {record['width']}x{record['height']} "
+                "picture; correct it (x1 < x2, y1 < y2, pixels)"
+            )
+    for index, turn in enumerate(turns):
+        for match in PLACEHOLDER.finditer(turn["value"]):
+            if int(match[2]) >= len(regions):
+                raise DataError(
+                    f"{where}: conversations[{index}] has {match[0]}, but regions holds {len(regions)}; add that region"
+                )
+
+
+class ConversationDataset(Dataset):
+    """Checked and tokenised conversations.
+
+    image_files: distinct pictures in order of first use; image_index (n,) int32: which one each conversation is about,
+        -1 for none
+    lengths: (n,) tokens of each conversation with its picture's tokens
+    num_cut: conversations that were cut at `max_length`
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        images: str | Path,
+        tokenizer,
+        image: ImageInput,
+        codec: BoxCodec,
+        num_image_tokens: int,
+        max_length: int,
+        progress: bool = True,
+    ):
+        self.images, self.image, self.num_image_tokens = Path(images), image, num_image_tokens
+        if not self.images.is_dir():
+            raise DataError(f"folder of images {images} does not exist; check images in the recipe")
+        records = [record for file in files for record in read_records(file)]
+        for record in tqdm(records, desc="check", unit="record", disable=not progress):
+            check_record(record, self.images)
+        used: dict[str, int] = {}
+        index = [used.setdefault(record["image"], len(used)) if "image" in record else -1 for record in records]
+        self.image_files, self.image_index = list(used), np.asarray(index, np.int32)
+        self._tokenise(records, tokenizer, codec, max_length, progress)
+
+    def _tokenise(self, records: list[dict], tokenizer, codec: BoxCodec, max_length: int, progress: bool) -> None:
+        ids, masks = [], []
+        self.num_cut = 0
+        for start in tqdm(range(0, len(records), CHUNK), desc="tokenise", unit="k", disable=not progress):
+            chunk = records[start : start + CHUNK]
+            messages = [messages_of(record, self._geometry(record), codec) for record in chunk]
+            pictures = ["image" in record for record in chunk]
+            rows = tokenize(tokenizer, messages, [r["_where"] for r in chunk], pictures, self.num_image_tokens, max_length)
+            for row_ids, row_mask, cut in rows:
+                ids.append(row_ids)
+                masks.append(row_mask)
+                self.num_cut += cut
+        self._starts = np.cumsum([0] + [len(row) for row in ids])
+        self._ids, self._mask = np.concatenate(ids), np.concatenate(masks)
+        self.lengths = np.diff(self._starts) + (self.image_index >= 0) * (self.num_image_tokens - 1)
+
+    def _geometry(self, record: dict) -> Geometry | None:
+        return self.image.geometry(record["width"], record["height"]) if "image" in record else None
+
+    def __len__(self) -> int:
+        return len(self.image_index)
+
+    def __getitem__(self, index: int) -> dict:
+        """{"input_ids" (L,), "supervised" (L,) bool, "image": index into image_files or -1}; one mark per picture."""
+        start, end = self._starts[index], self._starts[index + 1]
+        return {
+            "input_ids": self._ids[start:end],
+            "supervised": self._mask[start:end],
+            "image": int(self.image_index[index]),
+        }
+
+    def pixels(self, index: int) -> Tensor:
+        """(3, size, size) float32: the picture of that index in `image_files`."""
+        return self.image.pixels([read_picture(self.images / self.image_files[index])])[0]
+
+
+class Collator:
+    """Token rows -> a batch: right-padded, each picture's mark widened to `num_image_tokens`, pictures stacked.
+
+    A batch without pictures gets one more row of nothing but a blank picture and no labels. It adds exactly zero to the
+    loss, and every rank then runs tower and projector in every step, so that no collective waits for a missing one.
+    pictures: index into `image_files` -> the tensor that `pixel_values` stacks: pixels, or features kept on disk
+    blank: the tensor of a blank picture
+    """
+
+    def __init__(self, pictures, blank: Tensor, image_token_id: int, pad_token_id: int, num_image_tokens: int):
+        self.pictures, self.blank = pictures, blank
+        self.image_token_id, self.pad_token_id, self.num_image_tokens = image_token_id, pad_token_id, num_image_tokens
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """-> input_ids, attention_mask, labels: (B, L) int64; pixel_values: (I, ...)."""
+        tokens = [self._widen(row["input_ids"], row["supervised"]) for row in rows]
+        pictures = [self.pictures(row["image"]) for row in rows if row["image"] >= 0]
+        if not pictures:
+            blank = np.full(self.num_image_tokens, self.image_token_id, np.int64)
+            tokens.append((blank, np.zeros(len(blank), bool)))
+            pictures = [self.blank]
+        shape = len(tokens), max(len(ids) for ids, _ in tokens)
+        input_ids = np.full(shape, self.pad_token_id, np.int64)
+        labels, mask = np.full(shape, IGNORE, np.int64), np.zeros(shape, np.int64)
+        for index, (ids, supervised) in enumerate(tokens):
+            input_ids[index, : len(ids)] = ids
+            mask[index, : len(ids)] = 1
+            labels[index, : len(ids)] = np.where(supervised, ids, IGNORE)
+        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        return {key: torch.from_numpy(value) for key, value in batch.items()} | {"pixel_values": torch.stack(pictures)}
+
+    def _widen(self, ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        times = np.where(ids == self.image_token_id, self.num_image_tokens, 1)
+        return np.repeat(ids, times).astype(np.int64), np.repeat(supervised, times)
+
+
+def pixel_collator(dataset: ConversationDataset, image_token_id: int, pad_token_id: int) -> Collator:
+    """The collator that reads pictures from disk."""
+    blank = no_picture(dataset.image)[0]
+    return Collator(dataset.pixels, blank, image_token_id, pad_token_id, dataset.num_image_tokens)

@@ -1,0 +1,123 @@
+"""A frozen tower run once: its features of every picture on disk, and a stand-in that feeds them to a stock Llava.
+
+The projected layer of all pictures, CLS included, lies in one memory-mapped float16 array. (I pictures, N + 1 tokens,
+D the tower's width.)
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from encoder.distributed import rank, world_size
+from encoder.errors import DataError
+from encoder.pretrained import weights_hash
+from mllm.data import Collator, ConversationDataset
+
+
+class CachedTower(nn.Module):
+    """Stands in the tower's place while training: what comes in as `pixel_values` is already the projected layer.
+
+    layer: the Llava's `vision_feature_layer`
+    """
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """(I, N + 1, D) features -> an output whose hidden state `layer` they are."""
+        features = pixel_values.float() if pixel_values.dtype == torch.float16 else pixel_values
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states={self.layer: features})
+
+
+def cache_features(
+    model: LlavaForConditionalGeneration,
+    dataset: ConversationDataset,
+    folder: str | Path,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Tensor:
+    """The tower's features of `dataset.image_files`, (I, N + 1, D) float16 mapped from disk; computed where missing.
+
+    folder: where caches are kept, one subfolder per tower, layer, image settings and set of pictures
+    With several processes each computes its share. The tower runs in float32.
+    """
+    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
+    folder = Path(folder) / _key(tower, layer, dataset)
+    shape = (len(dataset.image_files), dataset.num_image_tokens + 1, tower.config.hidden_size)
+    path, done = folder / "features.float16", folder / "features.json"
+    if not done.is_file():
+        _create(path, shape)
+        _fill(tower, layer, dataset, np.memmap(path, np.float16, "r+", shape=shape), batch_size, progress)
+        _wait()
+        if rank() == 0:
+            done.write_text(json.dumps({"shape": shape, "layer": layer, "image": dataset.image.as_dict()}, indent=2))
+        _wait()
+    return torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
+
+
+def _key(tower: nn.Module, layer: int, dataset: ConversationDataset) -> str:
+    """Name of the cache: all that the features depend on; a picture counts by path, size and time of change."""
+    digest = hashlib.sha256(f"{weights_hash(tower)} {layer} {dataset.image}".encode())
+    for name in dataset.image_files:
+        stat = (dataset.images / name).stat()
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _create(path: Path, shape: tuple[int, ...]) -> None:
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.truncate(2 * int(np.prod(shape)))
+    _wait()
+
+
+def _wait() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+@torch.inference_mode()
+def _fill(tower, layer, dataset, features, batch_size, progress) -> None:
+    starts = range(rank() * batch_size, len(features), batch_size * world_size())
+    device = next(tower.parameters()).device
+    gigabytes = features.size * 2 / 1e9
+    for start in tqdm(starts, desc=f"tower features ({gigabytes:.1f} GB)", unit="batch", disable=not progress or rank() > 0):
+        end = min(start + batch_size, len(features))
+        pixels = torch.stack([dataset.pixels(index) for index in range(start, end)]).to(device)
+        hidden = tower(pixels.to(tower.dtype), output_hidden_states=True).hidden_states[layer]
+        if hidden.abs().max() > torch.finfo(torch.float16).max:
+            raise DataError(f"the tower's features at layer {layer} leave float16's range; set cache_features to false")
+        features[start:end] = hidden.to("cpu", torch.float16).numpy()
+    features.flush()
+
+
+def sample_features(features: Tensor, num_pictures: int = 256) -> Tensor:
+    """(S, D) float32 patch tokens of evenly spread pictures of a cache, CLS left out."""
+    index = torch.linspace(0, len(features) - 1, min(num_pictures, len(features))).long()
+    return features[index][:, 1:].flatten(0, 1).float()
+
+
+@torch.inference_mode()
+def measure_features(model: LlavaForConditionalGeneration, dataset: ConversationDataset, num_pictures: int = 64) -> Tensor:
+    """(S, D) float32 patch tokens of evenly spread pictures, from the tower itself."""
+    count = len(dataset.image_files)
+    index = torch.linspace(0, count - 1, min(num_pictures, count)).long().tolist()
+    tower = model.model.vision_tower
+    pixels = torch.stack([dataset.pixels(i) for i in index]).to(tower.device, tower.dtype)
+    hidden = tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+    return hidden[:, 1:].flatten(0, 1).float().clone()
+
+
+def feature_collator(dataset: ConversationDataset, features: Tensor, image_token_id: int, pad_token_id: int) -> Collator:
+    """The collator that takes features from the cache."""
+    blank = torch.zeros_like(features[0])
+    return Collator(features.__getitem__, blank, image_token_id, pad_token_id, dataset.num_image_tokens)

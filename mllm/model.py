@@ -1,0 +1,223 @@
+"""The MLLM assembled: any CLIP-like tower, a two-layer projector, any causal language model, as a stock Llava.
+
+(S sampled image tokens, D the tower's width, H the language model's width.)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from encoder.errors import DataError
+from encoder.pretrained import load_vision_tower
+from mllm.checkpoint import MllmSettings, load_mllm
+from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
+from mllm.conversation import choose_template
+from mllm.data import texts_of
+from mllm.image_input import ImageInput
+from mllm.tokenizer import add_image_token, fast_tokenizer, train_sentencepiece
+
+
+@dataclass
+class Mllm:
+    """A model with all that goes with it.
+
+    sentencepiece_model: the serialised model of a tokenizer of our own, else None
+    from_scratch: whether projector and language model start from random weights
+    """
+
+    model: LlavaForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    settings: MllmSettings
+    sentencepiece_model: bytes | None = None
+    from_scratch: bool = False
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.model.config.image_seq_length
+
+
+def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
+    """What the recipe names: an MLLM folder to go on from, or a tower and a language model joined by a new projector."""
+    if config.model:
+        return _from_folder(config, dtype)
+    tower = load_vision_tower(config.tower, dtype)
+    tower.set_attn_implementation(config.attention)
+    layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
+    if not -tower.config.num_hidden_layers - 1 <= layer <= tower.config.num_hidden_layers:
+        raise DataError(
+            f"feature_layer is {layer}, but the tower {config.tower} has {tower.config.num_hidden_layers} layers; "
+            "choose one of them, -1 is the last"
+        )
+    torch.manual_seed(config.seed)  # after the tower: two towers of one size then meet the same initial weights
+    if config.llm_preset:
+        llm, tokenizer, proto = _nano_llm(config)
+    else:
+        llm, tokenizer, proto = _load_llm(config, dtype)
+    model = join(tower, llm.to(dtype), tokenizer, layer)
+    if config.projector:
+        load_projector(model, config.projector)
+    settings = MllmSettings(
+        codec=config.codec,
+        image=ImageInput.of_tower(config.tower, config.geometry),
+        feature_layer=layer,
+        template=choose_template(tokenizer, config.template),
+        tower_path=str(config.tower),
+    )
+    return Mllm(model, tokenizer, settings, proto, from_scratch=bool(config.llm_preset) and not config.projector)
+
+
+def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
+    model, tokenizer, settings = load_mllm(config.model, dtype, config.attention)
+    pairs = {
+        "feature_layer": settings.feature_layer,
+        "geometry": settings.image.mode,
+        "codec": settings.codec,
+    }
+    for name, saved in pairs.items():
+        asked = getattr(config, name)
+        if asked is not None and asked != saved:
+            raise DataError(f"{name} is {asked}, but the MLLM {config.model} was trained with {saved}; drop {name}")
+    if config.template != "auto":
+        settings.template = choose_template(tokenizer, config.template)
+    proto = Path(config.model) / "tokenizer.model"
+    return Mllm(model, tokenizer, settings, proto.read_bytes() if proto.is_file() else None)
+
+
+def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, bytes]:
+    """A small Llama from scratch and its own tokenizer."""
+    texts = (text for path in config.tokenizer_data or config.data for text in texts_of(path))
+    proto = train_sentencepiece(texts, config.vocab_size)
+    tokenizer = fast_tokenizer(proto, config.max_length)
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.llm_width,
+            intermediate_size=int(config.llm_width * config.llm_mlp_ratio),
+            num_hidden_layers=config.llm_layers,
+            num_attention_heads=config.llm_heads,
+            num_key_value_heads=config.llm_heads,
+            max_position_embeddings=config.max_length,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            attn_implementation=config.attention,
+        )
+    )
+    nn.init.normal_(llm.get_input_embeddings().weight, std=config.embedding_std)
+    return llm, tokenizer, proto
+
+
+def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, None]:
+    if not (Path(config.llm) / "config.json").is_file():
+        raise DataError(f"language model {config.llm} has no config.json; give the folder of a causal language model")
+    tokenizer = AutoTokenizer.from_pretrained(config.llm)
+    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, attn_implementation=config.attention)
+    add_image_token(tokenizer)
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    return llm, tokenizer, None
+
+
+def join(
+    tower: PreTrainedModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, feature_layer: int
+) -> LlavaForConditionalGeneration:
+    """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=llm.config,
+        image_token_index=add_image_token(tokenizer),
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = llm.base_model
+    model.lm_head = llm.get_output_embeddings()
+    model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(next(llm.parameters()).dtype)
+    model.generation_config = llm.generation_config
+    return model.eval()
+
+
+def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
+    """Copies the projector of another MLLM folder, refused where its sizes are not this tower's and language model's."""
+    found: dict[str, Tensor] = {}
+    files = sorted(Path(folder).glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if "multi_modal_projector." in name:
+                    found[name.split("multi_modal_projector.")[1]] = tensors.get_tensor(name)
+    projector = model.model.multi_modal_projector
+    if set(found) != set(projector.state_dict()):
+        raise DataError(f"projector folder {folder} holds no Llava projector in {len(files)} safetensors files; name an MLLM folder")
+    (ours_out, ours_in), (theirs_out, theirs_in) = projector.linear_1.weight.shape, found["linear_1.weight"].shape
+    if ours_in != theirs_in:
+        raise DataError(
+            f"the projector in {folder} takes features of width {theirs_in}, the tower's are {ours_in} wide; "
+            "choose that projector's tower, or leave projector out and train a new one"
+        )
+    if ours_out != theirs_out:
+        raise DataError(
+            f"the projector in {folder} ends at width {theirs_out}, the language model is {ours_out} wide; "
+            "choose that projector's language model, or leave projector out and train a new one"
+        )
+    projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
+
+
+@torch.no_grad()
+def fit_projector(projector: LlavaMultiModalProjector, features_SD: Tensor, output_std: float) -> None:
+    """Starts a projector so that these features come out centred and with standard deviation `output_std`.
+
+    features_SD: image tokens of some pictures at the projected layer, as the tower gives them
+    The features' mean and scale per channel are folded into `linear_1`, so that a channel that varies little between
+    positions (and position is in such channels) counts as much as the loudest; `linear_2` is scaled and centred.
+    """
+    features_SD = features_SD.float()
+    mean_D, std_D = features_SD.mean(0), features_SD.std(0)
+    std_D = std_D.clamp(min=1e-3 * std_D.mean())
+    width = projector.linear_1.out_features
+    first = torch.randn(width, len(mean_D)) / len(mean_D) ** 0.5 / std_D
+    second = torch.randn(projector.linear_2.out_features, width) / width**0.5
+    projector.linear_1.weight.copy_(first)
+    projector.linear_1.bias.copy_(-first @ mean_D)
+    out_SH = projector.act(features_SD @ first.T - first @ mean_D) @ second.T
+    scale = output_std / (out_SH - out_SH.mean(0)).std()
+    projector.linear_2.weight.copy_(second * scale)
+    projector.linear_2.bias.copy_(-out_SH.mean(0) * scale)
+
+
+def part_of(name: str) -> str:
+    """`tower`, `projector` or `llm`: which part a parameter of the stock Llava belongs to."""
+    if "vision_tower." in name:
+        return "tower"
+    return "projector" if "multi_modal_projector." in name else "llm"
+
+
+def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: torch.dtype) -> None:
+    """Only the `trained` parts require gradients; the others are rounded to the format they will be saved in.
+
+    What learns then learns against the very weights that an evaluation loads.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trained)
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(save_dtype).to(parameter.dtype)

@@ -1,0 +1,309 @@
+"""Training an MLLM: transformers' Trainer, on DeepSpeed or plain, with a rate per part, resume, and a stock folder at the end."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from encoder.distributed import rank, world_size
+from encoder.errors import DataError
+from mllm.box_text import BoxCodec
+from mllm.checkpoint import SETTINGS_FILE, last_checkpoint, save_mllm
+from mllm.config import MllmConfig, check_identity
+from mllm.data import ConversationDataset, pixel_collator
+from mllm.features import CachedTower, cache_features, feature_collator, measure_features, sample_features
+from mllm.model import Mllm, build_mllm, fit_projector, freeze, part_of
+
+RUN_FILE = "run.json"
+WEIGHTS = "model.safetensors"
+# What `deepspeed scripts/finetune_mllm.py` runs on when the recipe names no ZeRO file.
+DEFAULT_ZERO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2},
+}
+
+
+def train(config: MllmConfig, deepspeed: bool = False) -> Path:
+    """Runs a recipe and returns the finished folder. The same command again goes on from the last checkpoint.
+
+    deepspeed: launched with `deepspeed`; ZeRO-2 is then used where the recipe names no ZeRO file
+    """
+    _start_processes()
+    output = Path(config.output)
+    checkpoint = _prepare_output(config, output)
+    if (output / SETTINGS_FILE).is_file():
+        _say(f"{output} is finished; nothing to do")
+        return output
+    zero = _zero_config(config, deepspeed)
+    mllm = build_mllm(config, torch.bfloat16 if zero and config.precision == "bf16" and not config.llm_preset else torch.float32)
+    dataset, val_dataset = (_dataset(config, mllm, files) for files in (config.data, config.val_data))
+    freeze(mllm.model, config.trains, getattr(torch, config.save_dtype))
+    collator, tower = _collator(config, mllm, dataset, val_dataset, output)
+    trainer = MllmTrainer(config, mllm, dataset, val_dataset, collator, _arguments(config, zero, output))
+    if rank() == 0:
+        _describe(config, mllm, dataset)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RUN_FILE).write_text(json.dumps(config.identity(), indent=2) + "\n")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _finish(config, mllm, trainer, tower, output)
+    return output
+
+
+def _start_processes() -> None:
+    """Joins the launcher's processes, on GPUs where there are any; nothing to do for a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def _prepare_output(config: MllmConfig, output: Path) -> Path | None:
+    """The checkpoint to go on from, if any; refuses an output folder of another configuration."""
+    if config.resume == "never":
+        if rank() == 0:
+            for old in [*output.glob("checkpoint-*"), output / RUN_FILE, output / SETTINGS_FILE]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        if world_size() > 1:
+            torch.distributed.barrier()
+        return None
+    check_identity(output, config)
+    checkpoint = last_checkpoint(output)
+    if world_size() > 1:
+        torch.distributed.barrier()
+    return checkpoint
+
+
+def _zero_config(config: MllmConfig, deepspeed: bool) -> dict | None:
+    if config.zero is None:
+        return DEFAULT_ZERO if deepspeed else None
+    path = Path(config.zero)
+    if not path.is_file():
+        raise DataError(f"ZeRO file {path} does not exist; see scripts/deepspeed for those that do")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"ZeRO file {path}, line {error.lineno}: not JSON ({error.msg}); correct it") from error
+
+
+def _dataset(config: MllmConfig, mllm: Mllm, files: list[str]) -> ConversationDataset | None:
+    if not files:
+        return None
+    dataset = ConversationDataset(
+        files,
+        config.images,
+        mllm.tokenizer,
+        mllm.settings.image,
+        BoxCodec(mllm.settings.codec),
+        mllm.num_image_tokens,
+        config.max_length,
+        progress=rank() == 0,
+    )
+    if dataset.num_cut:
+        _say(f"{dataset.num_cut} of {len(dataset)} conversations were cut at {config.max_length} tokens")
+    return dataset
+
+
+def _collator(config: MllmConfig, mllm: Mllm, dataset, val_dataset, output: Path) -> tuple[dict, nn.Module | None]:
+    """Collators by data set, the projector's start, and the real tower where a `CachedTower` now stands in for it."""
+    ids = mllm.model.config.image_token_id, mllm.tokenizer.pad_token_id
+    sets = {"train": dataset, "val": val_dataset}
+    sets = {name: part for name, part in sets.items() if part is not None}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tower = mllm.model.model.vision_tower
+    if config.cache_features:
+        tower.to(device)
+        folder = config.cache_folder or output / "features"
+        cached = {name: cache_features(mllm.model, part, folder, progress=rank() == 0) for name, part in sets.items()}
+        tower.to("cpu")
+    if mllm.from_scratch and dataset.image_files:
+        sample = sample_features(cached["train"]) if config.cache_features else measure_features(mllm.model, dataset)
+        torch.manual_seed(config.seed)
+        fit_projector(mllm.model.model.multi_modal_projector, sample, config.embedding_std)
+    if not config.cache_features:
+        return {name: pixel_collator(part, *ids) for name, part in sets.items()}, None
+    mllm.model.model.vision_tower = CachedTower(mllm.model.config.vision_feature_layer)
+    return {name: feature_collator(part, cached[name], *ids) for name, part in sets.items()}, tower
+
+
+def _arguments(config: MllmConfig, zero: dict | None, output: Path) -> TrainingArguments:
+    checkpointing = "activation_checkpointing"
+    if checkpointing not in TrainingArguments.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=config.keep_checkpoints,
+        eval_strategy="steps" if config.val_data else "no",
+        eval_steps=config.val_every,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        report_to=["wandb"] if config.report_to == "wandb" else [],
+        disable_tqdm=True,
+        deepspeed=zero,
+        **{checkpointing: config.gradient_checkpointing},
+    )
+
+
+class MllmTrainer(Trainer):
+    """transformers' Trainer with a rate per part, the data's own lengths, and small checkpoints of what is trained."""
+
+    def __init__(self, config: MllmConfig, mllm: Mllm, dataset, val_dataset, collators: dict, arguments: TrainingArguments):
+        self.config, self.collators = config, collators
+        super().__init__(
+            model=mllm.model,
+            args=arguments,
+            train_dataset=dataset,
+            eval_dataset=val_dataset,
+            data_collator=collators["train"],
+            callbacks=[LogLine()],
+        )
+        self.remove_callback(PrinterCallback)
+        if config.report_to == "tensorboard" and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations import TensorBoardCallback
+
+            self.add_callback(TensorBoardCallback(SummaryWriter(Path(config.output) / "tensorboard")))
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        self.data_collator = self.collators["val"]
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = self.collators["train"]
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.config.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(batch, lengths=self.train_dataset.lengths.tolist())
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(self.model if model is None else model, self.config)
+            cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(groups, **arguments)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint's weights, trained parts only, by the model's own names; DeepSpeed writes its own beside."""
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            if not self.is_deepspeed_enabled:
+                trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+                save_file(trained, Path(output_dir) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if saved.keys() != trained.keys():
+            raise DataError(
+                f"{resume_from_checkpoint} holds {len(saved)} trained parameters, this run trains {len(trained)} others; "
+                "choose another output, or pass --resume never to start over"
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+
+def parameter_groups(model: nn.Module, config: MllmConfig) -> list[dict]:
+    """AdamW's groups: the language model first, then projector and tower, each with its rate; only matrices decay."""
+    rates = {"projector": config.projector_learning_rate, "tower": config.tower_learning_rate}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": rates.get(part) or config.learning_rate,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (part, decays), parameters in sorted(groups.items())
+    ]
+
+
+class LogLine(TrainerCallback):
+    """One line per interval: step, loss, rate, gradient norm, conversations per second, time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            print(f"step {state.global_step}  held-out loss {float(logs['eval_loss']):.4f}", flush=True)
+        elif "loss" in logs:
+            seconds, steps = time.monotonic() - self.start, state.global_step - self.first
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            left = seconds / max(steps, 1) * (state.max_steps - state.global_step)
+            print(
+                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
+                f"lr {float(logs['learning_rate']):.2e}  grad norm {float(logs.get('grad_norm', 0)):.2f}  "
+                f"{steps * batch / seconds:.1f} conversations/s  {left:.0f} s left",
+                flush=True,
+            )
+
+
+def _describe(config: MllmConfig, mllm: Mllm, dataset: ConversationDataset) -> None:
+    counts = {"projector": 0, "llm": 0, "tower": 0}
+    for name, parameter in mllm.model.named_parameters():
+        counts[part_of(name)] += parameter.numel() * parameter.requires_grad
+    trained = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in counts.items() if count)
+    print(
+        f"{len(dataset)} conversations on {len(dataset.image_files)} pictures, "
+        f"{dataset.lengths.mean():.0f} tokens each on average; training {trained}",
+        flush=True,
+    )
+
+
+def _finish(config: MllmConfig, mllm: Mllm, trainer: MllmTrainer, tower: nn.Module | None, output: Path) -> None:
+    """Writes the stock folder from the first process, with the real tower back in its place."""
+    state: dict[str, Tensor]
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # a collective under ZeRO-3
+    if rank() == 0:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if tower is not None:
+            model.model.vision_tower = tower
+            state |= {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
+        mllm.settings.trained.append(sorted(config.trains))
+        dtype = getattr(torch, config.save_dtype)
+        save_mllm(output, model, mllm.tokenizer, mllm.settings, dtype, state, mllm.sentencepiece_model)
+        print(f"saved {output}", flush=True)
+    if world_size() > 1:
+        torch.distributed.barrier()

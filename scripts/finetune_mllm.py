@@ -1,0 +1,39 @@
+"""Trains an MLLM by a recipe, plain or under DeepSpeed; any field of the recipe is also a flag.
+
+    python scripts/finetune_mllm.py scripts/recipes/nano_base.yaml --tower runs/cloc --output runs/mllm_cloc
+    deepspeed --num_gpus 2 scripts/finetune_mllm.py scripts/recipes/llava15_7b_finetune.yaml --tower ... --model ...
+
+The same command again goes on from the last checkpoint.
+"""
+
+import argparse
+import os
+
+# Read by transformers when it is imported: nothing here comes from a hub, and loading takes no progress bars.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from encoder.arguments import add_fields  # noqa: E402
+from encoder.errors import run_main  # noqa: E402
+from mllm.config import MllmConfig, load_config  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="YAML file of fields; see scripts/recipes")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_fields(parser, MllmConfig, "fields of the recipe")
+    flags = vars(parser.parse_args())
+    recipe, local_rank = flags.pop("recipe"), flags.pop("local_rank")
+    config = load_config(recipe, flags)
+    # Slow to import; a mistake in the recipe is told before.
+    from transformers.utils.logging import disable_progress_bar
+
+    from mllm.training import train
+
+    disable_progress_bar()
+    train(config, deepspeed=local_rank is not None)
+
+
+if __name__ == "__main__":
+    run_main(main)

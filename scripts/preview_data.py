@@ -1,0 +1,190 @@
+"""Checks training data, lists every problem with its file and key, and draws samples as the model will see them.
+
+    python scripts/preview_data.py "runs/scenes/shards/train/*.tar" --out preview.png
+    python scripts/preview_data.py runs/scenes/conversations/train.json --images runs/scenes/images
+
+Region shards (WebDataset) and conversations (LLaVA, .json or .jsonl). Boxes are drawn after the model's transform. Ends
+with the path of the picture; exits with 1 where there were problems.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from encoder.data.reader import IMAGE_ERRORS, RegionDataset
+from encoder.errors import DataError, run_main
+from encoder.geometry import Geometry
+from mllm.data import check_record, read_records
+
+CELL = 300  # px of a drawn square
+LINE = 14  # px of a line of text
+MARGIN = 8
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
+
+
+@dataclass
+class Sample:
+    """One cell: the original image (RGB), boxes xyxy in its pixels with a short label each, and lines to write below."""
+
+    image: Image.Image
+    boxes_px: list
+    labels: list[str]
+    lines: list[str]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", nargs="+", help="region shards (.tar, a folder, a pattern), or one .json or .jsonl")
+    parser.add_argument("--images", type=Path, help="folder that a conversation file's image paths start from")
+    parser.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=12, help="samples to draw (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (default %(default)s)")
+    parser.add_argument("--geometry", choices=("pad", "squash"), default="pad", help="the model's transform (default pad)")
+    parser.add_argument("--size", type=int, default=80, help="side of the model's input, px (default %(default)s)")
+    parser.add_argument("--listed", type=int, default=50, help="problems to print (default %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if min(arguments.samples, arguments.size, arguments.listed) < 1:
+        raise DataError("--samples, --size and --listed must be at least 1")
+    conversations = [path for path in arguments.data if Path(path).suffix in (".json", ".jsonl")]
+    if conversations and len(arguments.data) > 1:
+        raise DataError(f"{conversations[0]} stands beside other data; give one conversation file, or shards alone")
+    if conversations and arguments.images is None:
+        raise DataError(f"{conversations[0]} holds paths of images; say with --images which folder they start from")
+    count, problems, sample_of = (
+        open_conversations(conversations[0], arguments.images) if conversations else open_shards(arguments.data)
+    )
+    good = check_pixels(count, sample_of, problems)
+    print(f"{len(good)} good records, {len(problems)} problems", flush=True)
+    for problem in problems[: arguments.listed]:
+        print(f"problem: {problem}")
+    if len(problems) > arguments.listed:
+        print(f"and {len(problems) - arguments.listed} more problems; see them with --listed {len(problems)}")
+    if not good:
+        raise DataError("no record is good, so there is nothing to draw; correct the problems listed above")
+    chosen = sorted(Random(arguments.seed).sample(good, min(arguments.samples, len(good))))
+    sheet = draw_sheet([sample_of(index) for index in chosen], arguments.geometry, arguments.size)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(arguments.out, "PNG")
+    print(f"{len(chosen)} samples are drawn in {arguments.out}", flush=True)
+    return 1 if problems else 0
+
+
+def open_shards(shards: list[str]) -> tuple[int, list[str], Callable[[int], Sample]]:
+    """Number of records, problems, and how to get the sample of a record."""
+    dataset = RegionDataset(shards, on_error="collect")
+
+    def sample_of(index: int) -> Sample:
+        image, record = dataset[index]
+        names = [region.phrases[0] for region in record.regions]
+        return Sample(image, [region.box for region in record.regions], names, [dataset.names[index], *record.captions[:1]])
+
+    return len(dataset), dataset.problems, sample_of
+
+
+def open_conversations(path: str, images: Path) -> tuple[int, list[str], Callable[[int], Sample]]:
+    """The same for a conversation file; a record without an image is shown on grey."""
+    records, problems = [], []
+    for record in tqdm(read_records(path), "records", unit="record"):
+        try:
+            check_record(record, images)
+            records.append(record)
+        except DataError as error:
+            problems.append(str(error))
+
+    def sample_of(index: int) -> Sample:
+        record = records[index]
+        image = Image.new("RGB", (CELL, CELL), "lightgrey")
+        if "image" in record:
+            try:
+                with Image.open(images / record["image"]) as opened:
+                    image = opened.convert("RGB")
+            except IMAGE_ERRORS as error:
+                raise DataError(f"{record['_where']}: image {record['image']} cannot be read ({error}); replace it") from error
+        boxes_px = [region["box"] for region in record.get("regions", [])]
+        lines = [str(record.get("id", index))]
+        for turn in record["conversations"]:
+            text = turn["value"].replace("<image>", "").strip()
+            if turn["from"] == "gpt":
+                lines[-1] += f"  {text}"
+            else:
+                lines.append(text)
+        return Sample(image, boxes_px, [str(number) for number in range(len(boxes_px))], lines)
+
+    return len(records), problems, sample_of
+
+
+def check_pixels(count: int, sample_of: Callable[[int], Sample], problems: list[str]) -> list[int]:
+    """Decodes every image; returns the records whose image is whole, and adds the others to `problems`."""
+    good = []
+    for index in tqdm(range(count), "images", unit="image"):
+        try:
+            sample_of(index)
+            good.append(index)
+        except DataError as error:
+            problems.append(str(error))
+    return good
+
+
+def draw_sheet(samples: list[Sample], mode: str, size: int) -> Image.Image:
+    """The samples side by side: each the model's square, enlarged to `CELL` px, with its boxes, and its lines below."""
+    font = ImageFont.load_default(11)
+    columns = min(4, len(samples))
+    wrapped = [[part for line in sample.lines for part in _wrap(line, font)] for sample in samples]
+    rows = [range(start, min(start + columns, len(samples))) for start in range(0, len(samples), columns)]
+    heights = [CELL + LINE * max(len(wrapped[index]) for index in row) + 2 * MARGIN for row in rows]
+    sheet = Image.new("RGB", (columns * (CELL + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for column, index in enumerate(row):
+            left = MARGIN + column * (CELL + MARGIN)
+            sheet.paste(_draw_sample(samples[index], mode, size, font), (left, top))
+            for number, line in enumerate(wrapped[index]):
+                draw.text((left, top + CELL + 2 + number * LINE), line, fill="black", font=font)
+        top += height
+    return sheet
+
+
+def _draw_sample(sample: Sample, mode: str, size: int, font) -> Image.Image:
+    geometry = Geometry(mode, *sample.image.size, size)
+    square = geometry.apply(sample.image).resize((CELL, CELL), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(square)
+    boxes = torch.tensor(sample.boxes_px, dtype=torch.float64).reshape(-1, 4)
+    places = []
+    for number, (box, label) in enumerate(zip((geometry.boxes_to_model(boxes) * CELL).tolist(), sample.labels, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        draw.rectangle(box, outline=colour, width=2)
+        # The label sits in the box's upper left corner, moved down where another label is.
+        x, y = max(0, min(box[0], CELL - draw.textlength(label, font=font) - 4)), min(max(0, box[1]), CELL - LINE)
+        while any(abs(y - other_y) < LINE and abs(x - other_x) < 60 for other_x, other_y in places) and y < CELL - LINE:
+            y += LINE
+        places.append((x, y))
+        draw.rectangle((x, y, x + draw.textlength(label, font=font) + 4, y + LINE), fill=colour)
+        draw.text((x + 2, y), label, fill="white", font=font)
+    return square
+
+
+def _wrap(line: str, font) -> list[str]:
+    """The line in parts that fit a cell."""
+    parts = [""]
+    for word in line.split():
+        joined = f"{parts[-1]} {word}".strip()
+        if font.getlength(joined) <= CELL or not parts[-1]:
+            parts[-1] = joined
+        else:
+            parts.append(word)
+    return parts
+
+
+if __name__ == "__main__":
+    run_main(main)

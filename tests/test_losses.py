@@ -1,0 +1,181 @@
+"""CLOC's losses against a float64 double loop written from the equations of arXiv 2410.02746."""
+
+import math
+
+import pytest
+import torch
+
+from encoder.errors import DataError
+from encoder.losses import LossConfig, bounded_scale, cloc_losses, grounding_loss
+from encoder.model import ClocOutput
+
+B, R, E = 4, 7, 6
+IMAGE_INDEX = torch.tensor([0, 0, 0, 2, 2, 3, 3])  # image 1 has no region
+
+
+def cosine(u, v):
+    dot, nu, nv = 0.0, 0.0, 0.0
+    for x, y in zip(u, v, strict=True):
+        dot, nu, nv = dot + x * y, nu + x * x, nv + y * y
+    return dot / (nu.sqrt() * nv.sqrt())
+
+
+def naive_contrastive(a, b, scale, threshold=None):
+    """Eqs. 1 and 2 in float64, one pair at a time; with a threshold, Section 3.4's filter on the texts `b`."""
+    count, total, masked = len(a), 0.0, 0
+    for i in range(count):
+        keep = [
+            j
+            for j in range(count)
+            if i == j or threshold is None or float(cosine(b[i].detach(), b[j].detach())) <= threshold
+        ]
+        masked += count - len(keep)
+        to_text = torch.stack([scale * cosine(a[i], b[j]) for j in keep])
+        to_region = torch.stack([scale * cosine(b[i], a[j]) for j in keep])
+        positive = scale * cosine(a[i], b[i])
+        total = total + (to_text.exp().sum().log() - positive) / 2 + (to_region.exp().sum().log() - positive) / 2
+    return total / count, masked
+
+
+def make_output(seed: int = 0, own: bool = False):
+    """float32 features with repeated and nearly repeated region texts, as (leaf tensors, ClocOutput, boxes)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    region_text = draw(R, E)
+    region_text[3] = region_text[0]  # the same phrase in another image
+    region_text[2] = region_text[1] * 2 + 0.05  # a near synonym in the same image
+    leaves = {
+        "image_feat": draw(B, E),
+        "text_feat": draw(B, E),
+        "region_feat": draw(R, E),
+        "region_text_feat": region_text,
+        "predicted_boxes": draw(R, 4),
+        "logit_scale": torch.tensor(1.3),
+    }
+    if own:
+        leaves["region_logit_scale"] = torch.tensor(0.4)
+    leaves = {key: value.requires_grad_() for key, value in leaves.items()}
+    output = ClocOutput(**{"region_logit_scale": leaves["logit_scale"], **leaves})
+    return leaves, output, torch.rand(R, 4, generator=generator)
+
+
+def naive_total(leaves, boxes, config: LossConfig):
+    """Eq. 4 in float64 from the same leaves; gradients flow back into them."""
+    x = {key: value.double() for key, value in leaves.items()}
+    scale = torch.exp(x["logit_scale"]).clamp(max=config.max_logit_scale)
+    region_scale = torch.exp(x.get("region_logit_scale", x["logit_scale"])).clamp(max=config.max_logit_scale)
+    clip, _ = naive_contrastive(x["image_feat"], x["text_feat"], scale)
+    region, masked = naive_contrastive(x["region_feat"], x["region_text_feat"], region_scale, config.similar_text_threshold)
+    grounding = 0.0
+    for predicted, box in zip(x["predicted_boxes"], boxes.double(), strict=True):
+        squared = sum((predicted[k] - box[k]) ** 2 for k in range(4))
+        grounding = grounding + (squared if config.grounding_norm == "mse" else squared.sqrt())
+    grounding = grounding / (4 * len(boxes))
+    coverage = len(set(IMAGE_INDEX.tolist())) / B if config.label_coverage else 1.0
+    weighted = config.region_loss_weight * region + config.grounding_loss_weight * grounding
+    return clip + coverage * weighted, {"clip": clip, "region": region, "grounding": grounding, "masked": masked}
+
+
+@pytest.mark.parametrize(
+    "config, own",
+    [
+        (LossConfig(), False),
+        (LossConfig(), True),
+        (LossConfig(similar_text_threshold=None), False),
+        (LossConfig(label_coverage=False, region_loss_weight=0.7, grounding_loss_weight=3.0), False),
+        (LossConfig(grounding_norm="l2", similar_text_threshold=0.3), True),
+    ],
+    ids=["default", "own temperature", "no filter", "weights", "l2 and a strong filter"],
+)
+def test_equals_the_double_loop_in_value_and_gradient(config, own):
+    leaves, output, boxes = make_output(own=own)
+    losses, report = cloc_losses(output, boxes, IMAGE_INDEX, config)
+    total = sum(losses.values())
+    reference, terms = naive_total(leaves, boxes, config)
+    assert float(total) == pytest.approx(float(reference), rel=1e-5)
+    for name in ("clip", "region", "grounding"):  # the report holds the unweighted terms
+        assert float(report[f"{name}_loss"]) == pytest.approx(float(terms[name]), rel=1e-5)
+    assert report["regions"] == R
+    assert report["coverage"] == (3 / 4 if config.label_coverage else 1.0)
+    assert report["masked_fraction"] == pytest.approx(terms["masked"] / (R * (R - 1)))
+    if config.similar_text_threshold == 0.9:
+        assert terms["masked"] == 4  # the repeated pair and the near synonyms, in both directions
+
+    got = torch.autograd.grad(total, list(leaves.values()))
+    expected = torch.autograd.grad(reference, list(leaves.values()))
+    for name, a, b in zip(leaves, got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_no_gradient_goes_through_the_filter():
+    """Raising the similarity of two texts across the threshold changes the loss, but no gradient asks for it."""
+    leaves, output, boxes = make_output()
+    losses, _ = cloc_losses(output, boxes, IMAGE_INDEX, LossConfig(similar_text_threshold=0.0001))
+    (with_filter,) = torch.autograd.grad(losses["region_loss"], [leaves["region_text_feat"]])
+    assert torch.isfinite(with_filter).all()
+    text = leaves["region_text_feat"].detach()
+    alone = torch.zeros(R, E)  # rows whose every negative is filtered contribute nothing
+    cosines = torch.nn.functional.cosine_similarity(text[:, None], text[None], dim=-1)
+    lonely = (cosines > 0.0001).all(1)
+    torch.testing.assert_close(with_filter[lonely], alone[lonely])
+
+
+def test_everything_filtered_is_zero_not_nan():
+    """At random initialisation all texts can look alike: the region loss is then zero, its gradient too."""
+    leaves, output, boxes = make_output()
+    output.region_text_feat = torch.ones(R, E).requires_grad_()
+    losses, report = cloc_losses(output, boxes, IMAGE_INDEX, LossConfig())
+    assert float(losses["region_loss"]) == pytest.approx(0.0, abs=1e-7)
+    assert report["masked_fraction"] == 1.0
+    (grad,) = torch.autograd.grad(losses["region_loss"], [leaves["region_feat"]])
+    assert torch.isfinite(grad).all() and grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("norm", ["mse", "l2"])
+def test_a_batch_without_regions_is_zero_and_takes_part_in_backward(norm):
+    leaves, output, _ = make_output()
+    empty = {"region_feat": torch.zeros(0, E), "region_text_feat": torch.zeros(0, E), "predicted_boxes": torch.zeros(0, 4)}
+    empty = {key: value.requires_grad_() for key, value in empty.items()}
+    for key, value in empty.items():
+        setattr(output, key, value)
+    losses, report = cloc_losses(output, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), LossConfig(grounding_norm=norm))
+    assert float(losses["region_loss"]) == 0 and float(losses["grounding_loss"]) == 0
+    assert report["regions"] == 0 and report["coverage"] == 0 and report["masked_fraction"] == 0
+    grads = torch.autograd.grad(sum(losses.values()), [*empty.values(), leaves["image_feat"]])
+    assert [len(grad) for grad in grads] == [0, 0, 0, B] and torch.isfinite(grads[-1]).all()
+
+
+def test_without_region_features_only_the_clip_loss_is_there():
+    _, output, _ = make_output()
+    output.region_feat = None
+    losses, report = cloc_losses(output, None, None, LossConfig())
+    assert set(losses) == set(report) == {"clip_loss"}
+
+
+@pytest.mark.parametrize("norm", ["mse", "l2"])
+def test_grounding_of_a_perfect_box_is_zero_with_a_finite_gradient(norm):
+    boxes = torch.rand(3, 4)
+    predicted = boxes.clone().requires_grad_()
+    loss = grounding_loss(predicted, boxes, 3, norm)
+    loss.backward()
+    assert float(loss.detach()) < 1e-6 and torch.isfinite(predicted.grad).all()
+
+
+def test_scale_is_bounded_and_can_come_back():
+    for start, expected in ((2.6592, 1 / 0.07), (math.log(100), 100.0), (9.0, 100.0)):
+        parameter = torch.tensor(start, requires_grad=True)
+        scale = bounded_scale(parameter, 100.0)
+        scale.backward()
+        assert float(scale.detach()) == pytest.approx(expected, rel=1e-4)
+        assert float(parameter.grad) == pytest.approx(expected, rel=1e-4)
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(DataError, match="grounding_norm is 'l1'; choose mse or l2"):
+        LossConfig(grounding_norm="l1")
+    for threshold in (0.0, 1.5, -1):
+        with pytest.raises(DataError, match="similar_text_threshold is"):
+            LossConfig(similar_text_threshold=threshold)

@@ -1,0 +1,214 @@
+"""Box classification: RoIAlign and crops against naive references, the command on a tiny CLOC and a tiny CLIP."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from encoder.config import tiny
+from encoder.errors import DataError
+from encoder.model import ClocModel
+from encoder.pretrained import export_clip, load_encoder, load_processor
+from encoder.processor import ClocImageProcessor, ClocProcessor
+from encoder.tokenizer import train_text_tokenizer
+from eval import region_classification
+from eval.predictions import load_evaluation
+from eval.region_features import OPENAI80, RegionFeatures, crop_boxes, name_classifier, roi_align, templates_named
+
+NAMES = ["apple", "bus", "red heart"]
+
+
+def test_roi_align_of_a_coordinate_ramp_is_the_box_centre():
+    grid = 8
+    centres = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    ramp = torch.stack([torch.stack([x, y]), torch.stack([x, y]) + 10])
+    boxes = torch.tensor([[0.2, 0.3, 0.5, 0.9], [0.1, 0.1, 0.12, 0.9], [0.4, 0.2, 0.6, 0.3]], dtype=torch.float64)
+    pooled = roi_align(ramp, boxes, torch.tensor([0, 1, 0]), num_samples=4)
+    expected = torch.stack([(boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2], 1)
+    expected[1] += 10
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-12)
+
+
+def _naive_roi_align(feature_CGG, box, num_samples):
+    """Loops in float64 over the definition: bilinear reads between pixel centres, held constant beyond the border."""
+    channels, grid, _ = feature_CGG.shape
+    total = np.zeros(channels)
+    for i in range(num_samples):
+        for j in range(num_samples):
+            x = (box[0] + (j + 0.5) / num_samples * (box[2] - box[0])) * grid - 0.5
+            y = (box[1] + (i + 0.5) / num_samples * (box[3] - box[1])) * grid - 0.5
+            x, y = min(max(x, 0), grid - 1), min(max(y, 0), grid - 1)
+            left, top = int(x), int(y)
+            right, bottom = min(left + 1, grid - 1), min(top + 1, grid - 1)
+            u, v = x - left, y - top
+            total += (1 - v) * ((1 - u) * feature_CGG[:, top, left] + u * feature_CGG[:, top, right])
+            total += v * ((1 - u) * feature_CGG[:, bottom, left] + u * feature_CGG[:, bottom, right])
+    return total / num_samples**2
+
+
+def test_roi_align_equals_a_naive_loop_also_at_the_border():
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(2, 3, 5, 5))
+    corners = rng.uniform(0, 1, (12, 2, 2))
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+    boxes[:2] = [[0, 0, 1, 1], [0, 0, 0.05, 0.05]]
+    index = rng.integers(0, 2, 12)
+    ours = roi_align(torch.tensor(maps), torch.tensor(boxes), torch.tensor(index), 3)
+    reference = [_naive_roi_align(maps[i], box, 3) for i, box in zip(index, boxes, strict=True)]
+    np.testing.assert_allclose(ours, reference, atol=1e-12)
+
+
+def test_crops_round_outwards_and_stay_inside():
+    pixels = np.arange(20 * 10 * 3, dtype=np.uint8).reshape(10, 20, 3)
+    image = Image.fromarray(pixels)
+    tight, wide, whole = crop_boxes(image, [(3.2, 2.7, 7.1, 5.0)], 1.0) + crop_boxes(
+        image, [(4, 4, 8, 8), (-0.5, 0, 20.4, 10.2)], 1.5
+    )
+    np.testing.assert_array_equal(np.asarray(tight), pixels[2:5, 3:8])
+    np.testing.assert_array_equal(np.asarray(wide), pixels[3:9, 3:9])
+    np.testing.assert_array_equal(np.asarray(whole), pixels)
+
+
+def test_templates_are_the_80_of_openai_and_a_sentence_needs_one_gap():
+    assert len(set(OPENAI80)) == 80 and all(template.count("{}") == 1 for template in OPENAI80)
+    for known in ("a bad photo of a {}.", "itap of my {}.", "the {} in a video game.", "a photo of a hard to see {}."):
+        assert known in OPENAI80
+    assert templates_named("a photo of a {}") == ("a photo of a {}",)
+    with pytest.raises(DataError, match="one {} for the name"):
+        templates_named("openai")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a tiny random CLOC and of its CLIP part, sharing a tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = train_text_tokenizer([f"a photo of a {name}" for name in NAMES], vocab_size=120, max_length=32)
+    model = ClocModel(tiny(vocab_size=len(tokenizer))).eval()
+    processor = ClocProcessor(ClocImageProcessor(size=32, geometry="pad"), tokenizer)
+    model.save_pretrained(folder / "cloc")
+    processor.save_pretrained(folder / "cloc")
+    export_clip(model, folder / "clip", processor)
+    return folder
+
+
+@pytest.fixture
+def boxes(tmp_path):
+    """Two pictures, five boxes of which one is a crowd, in COCO's layout."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    sizes = {1: (40, 24), 2: (30, 50)}
+    for image_id, (width, height) in sizes.items():
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{image_id}.png")
+    rows = [(11, 2, 1, [1, 2, 12, 20]), (12, 1, 2, [5, 5, 10, 10]), (13, 1, 3, [20, 3, 18.5, 20])]
+    rows += [(14, 2, 3, [10, 20, 20, 30]), (15, 2, 2, [0, 0, 30, 50])]
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in sizes.items()],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(NAMES, 1)],
+        "annotations": [{"id": a, "image_id": i, "category_id": c, "bbox": b, "iscrowd": int(a == 15)} for a, i, c, b in rows],
+    }
+    (tmp_path / "seen.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["region_classification.py", *map(str, arguments)])
+    region_classification.main()
+
+
+def common(boxes):
+    return ["--annotations", boxes / "seen.json", "--images", boxes / "images", "--out", boxes / "run"]
+
+
+def test_command_names_boxes_by_the_nearest_class_whatever_the_batch(models, boxes, monkeypatch, capsys):
+    run(monkeypatch, "--model", models / "cloc", "--batch-size", 1, *common(boxes))
+    assert "n 4  (own data)" in capsys.readouterr().out
+    evaluation = load_evaluation(boxes / "run/region_classification/seen/prompter")
+    assert [target.id for target in evaluation.targets] == ["12", "13", "11", "14"]
+    assert evaluation.protocol["crowds_left_out"] == 1 and evaluation.protocol["candidates"] == 3
+
+    model, processor = load_encoder(models / "cloc"), load_processor(models / "cloc")
+    texts = processor.texts(NAMES)
+    classes = torch.nn.functional.normalize(model.encode_text(**texts), dim=-1)
+    for target, prediction in zip(evaluation.targets, evaluation.predictions, strict=True):
+        inputs, (geometry,) = processor.images([Image.open(boxes / "images" / target.image)])
+        box = geometry.boxes_to_model(torch.tensor([target.box]))
+        feature = model.embed_boxes(model.encode_image(**inputs).tokens, box, torch.tensor([0]))
+        assert prediction.raw == NAMES[(feature @ classes.T).argmax().item()]
+
+    scores = json.loads((boxes / "run/region_classification/seen/prompter/scores.json").read_text())
+    right = [t.category == p.raw for t, p in zip(evaluation.targets, evaluation.predictions, strict=True)]
+    assert scores["micro"]["value"] == pytest.approx(sum(right) / 4)
+
+
+def test_features_do_not_depend_on_the_batch_and_layers_differ(models, boxes):
+    model, processor = load_encoder(models / "clip"), load_processor(models / "clip")
+    images = [Image.open(boxes / "images" / f"{i}.png").convert("RGB") for i in (1, 2)]
+    of_images = [[(5.0, 5.0, 15.0, 15.0), (20.0, 3.0, 38.5, 23.0)], [(1.0, 2.0, 13.0, 22.0)]]
+    embedded = {}
+    for feature, layer in (("roialign", -1), ("roialign", -2), ("crop", -1)):
+        features = RegionFeatures(model, processor, feature, layer)
+        together = features.embed(images, of_images)
+        apart = torch.cat([features.embed([i], [b]) for i, b in zip(images, of_images, strict=True)])
+        torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+        embedded[feature, layer] = together
+    assert not torch.allclose(embedded["roialign", -1], embedded["roialign", -2], atol=1e-2)
+
+    crop = images[1].crop((1, 2, 13, 22))
+    pooled = model.get_image_features(**processor.images([crop])[0]).pooler_output
+    torch.testing.assert_close(embedded["crop", -1][2:], torch.nn.functional.normalize(pooled, dim=-1), rtol=0, atol=1e-5)
+
+
+def test_several_templates_average_unit_embeddings(models):
+    model, processor = load_encoder(models / "clip"), load_processor(models / "clip")
+    one, two = (name_classifier(model, processor, NAMES, (t,)) for t in ("{}", "a photo of a {}"))
+    both = name_classifier(model, processor, NAMES, ("{}", "a photo of a {}"))
+    torch.testing.assert_close(both, torch.nn.functional.normalize(one + two, dim=-1))
+
+
+def test_variants_share_a_run_folder_and_resume_by_id(models, boxes, monkeypatch, capsys):
+    for arguments in (["--feature", "roialign", "--layer", -2], ["--feature", "crop", "--crop-scale", 1.5]):
+        run(monkeypatch, "--model", models / "clip", *arguments, *common(boxes))
+    folder = boxes / "run/region_classification/seen"
+    assert sorted(path.name for path in folder.iterdir()) == ["crop1.5", "roialign-2"]
+
+    answers = folder / "crop1.5/predictions.jsonl"
+    whole = answers.read_text()
+    answers.write_text(whole[: len(whole) // 2])  # a kill in the middle of a line
+    run(monkeypatch, "--model", models / "clip", "--feature", "crop", "--crop-scale", 1.5, *common(boxes))
+    assert "half-written" in capsys.readouterr().out
+    assert answers.read_text() == whole
+    answers.unlink()
+    with pytest.raises(DataError, match="predictions.jsonl is not there"):
+        run(monkeypatch, "--out", boxes / "run", "--score-only")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 0, 20]), r"annotation 11 has bbox \[1, 2, 0, 20\]"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 12, 200]), "needs a positive size and a place inside"),
+        (lambda c: c["annotations"][1].pop("category_id"), "KeyError.'category_id'"),
+        (lambda c: c["annotations"][1].update(image_id=9), "annotation 12 names an image_id or category_id"),
+        (lambda c: c["images"][0].update(file_name="gone.png"), "1 of 2 images are not in .*gone.png"),
+        (lambda c: c["images"][0].update(width=41), "is 40x24 px, the annotations say 41x24"),
+        (lambda c: c["categories"][0].update(name="bus"), "a category name occurs twice"),
+        (lambda c: c.update(annotations=[]), "holds no box outside crowds"),
+    ],
+)
+def test_bad_annotations_get_one_sentence(models, boxes, monkeypatch, change, message):
+    path = boxes / "seen.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        run(monkeypatch, "--model", models / "cloc", *common(boxes))
+
+
+def test_prompter_is_refused_for_a_plain_clip(models, boxes, monkeypatch):
+    with pytest.raises(DataError, match="this is a plain CLIP; use roialign or crop"):
+        run(monkeypatch, "--model", models / "clip", *common(boxes))
