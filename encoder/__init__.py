@@ -1,0 +1,8 @@
+"""CLOC's encoder: CLIP with promptable region embeddings. Importing it teaches transformers' Auto classes the CLOC folders."""
+
+from encoder.config import ClocConfig
+from encoder.model import ClocModel
+from encoder.predictor import RegionPredictor
+from encoder.processor import ClocProcessor
+
+__all__ = ["ClocConfig", "ClocModel", "ClocProcessor", "RegionPredictor"]

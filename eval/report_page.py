@@ -28,9 +28,9 @@ table.small { font-size: .82rem } table.small small { white-space: normal }
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; text-align: left }
 td.ahead { color: #0a6b2c; font-weight: 600 } td.behind { color: #a3261b; font-weight: 600 }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start } .plots img { max-width: 100%; height: auto }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .8rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.2rem, 1fr)); gap: .8rem }
 .card { border: 1px solid #ddd; border-radius: 6px; overflow: hidden; font-size: .9rem; background: #fafafa }
-.card img { width: 100%; height: 10rem; object-fit: contain; background: #f0f0f0; display: block }
+.card img { width: 100%; height: 9.6rem; object-fit: contain; background: #f0f0f0; display: block }
 .card p { margin: 0; padding: .1rem .6rem } .card p:last-child { padding-bottom: .5rem }
 .card .question { font-weight: 600; padding-top: .4rem; line-height: 1.3 }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em }
@@ -148,20 +148,31 @@ def _groups(runs: list[Run], rows: list[Row], names: list[str]) -> list[str]:
     plots = []
     for benchmark, splits in _by_benchmark(rows).items():
         pooled = {run.name: [run.entries[name][0] for name in splits] for run in runs if splits <= run.entries.keys()}
-        kinds, sizes = {}, {}
+        kinds, sizes, lengths = {}, {}, {}
         for name, entries in pooled.items():
             hits = np.concatenate([entry.scored.hits for entry in entries])
             kind = np.concatenate([entry.scored.kinds for entry in entries])
             size = np.concatenate([entry.scored.sizes for entry in entries])
             kinds[name] = {str(label): hits[kind == label] for label in np.unique(kind) if label}
             sizes[name] = {size_name(i): hits[size == i] for i in range(len(SIZE_EDGES)) if (size == i).any()}
-        for title, groups in (("by sort of expression", kinds), ("by side of the box, % of the picture", sizes)):
+            words = np.array([min(len(t.text.split()), 8) for entry in entries for t in entry.evaluation.targets])
+            lengths[name] = {_words(i): hits[words == i] for i in range(1, 9) if (words == i).any()}
+        titled = {
+            "by sort of expression": kinds,
+            "by number of words": lengths,
+            "by side of the box, % of the picture": sizes,
+        }
+        for title, groups in titled.items():
             found = {label: hits for label, hits in next(iter(groups.values()), {}).items() if len(hits) >= SMALLEST_GROUP}
             if found:
                 labels = {label: [label.replace("_", "\n"), f"n {len(hits):,}"] for label, hits in found.items()}
                 plots.append(_image(report_plots.by_group(f"{benchmark}\n{title}", labels, groups, names), title))
     said = f'<p class="quiet">Groups of fewer than {SMALLEST_GROUP} questions are not drawn. Bars: Wilson\'s 95% interval.</p>'
     return ["<h2>By kind of question</h2>", said, '<div class="plots">', *plots, "</div>"] if plots else []
+
+
+def _words(number: int) -> str:
+    return "8+" if number == 8 else str(number)
 
 
 def _by_benchmark(rows: list[Row]) -> dict[str, set[str]]:

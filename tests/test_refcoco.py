@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -9,16 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from encoder.config import tiny
+from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
 from encoder.errors import DataError
 from encoder.model import ClocModel
-from encoder.pretrained import export_clip
-from encoder.processor import ClocImageProcessor, ClocProcessor
-from encoder.tokenizer import train_text_tokenizer
+from encoder.pretrained import export_clip, load_encoder, load_processor
+from encoder.processor import ClocProcessor
 from eval import refcoco
 from eval.metrics import paired_iou
 from eval.predictions import load_evaluation
 from eval.refcoco_files import PUBLISHED, RefcocoFiles, read_plain_pickle
+from mllm.config import MllmConfig
+from mllm.generation import GroundingModel
+from mllm.training import train
 
 CATEGORIES = {1: "person", 7: "bus"}
 SIZES = {101: (40, 24), 102: (30, 50)}
@@ -190,17 +193,38 @@ def test_wrong_folders_splits_and_files_get_one_sentence(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    """A tiny random CLOC folder and the CLIP in it."""
-    folder = tmp_path_factory.mktemp("encoders")
-    torch.manual_seed(0)
-    tokenizer = train_text_tokenizer(["man on the left", "yellow bus", "person"], vocab_size=120, max_length=32)
-    model = ClocModel(tiny(vocab_size=len(tokenizer))).eval()
-    processor = ClocProcessor(ClocImageProcessor(size=32, geometry="pad"), tokenizer)
-    model.save_pretrained(folder / "cloc")
-    processor.save_pretrained(folder / "cloc")
-    export_clip(model, folder / "clip", processor)
-    return folder
+def encoders(tiny_folder, tmp_path_factory):
+    """Folders of a tiny random CLOC and of the CLIP in it."""
+    folder = tmp_path_factory.mktemp("encoders") / "clip"
+    export_clip(load_encoder(tiny_folder), folder, load_processor(tiny_folder))
+    return {"cloc": tiny_folder, "clip": folder}
+
+
+@pytest.fixture(scope="module")
+def overfitted_mllm(tiny_folder, tmp_path_factory):
+    """An MLLM on the tiny CLOC that knows the five expressions and three names of `write_refcoco` by heart."""
+    folder = tmp_path_factory.mktemp("mllm")
+    write_images(folder / "images")
+    files = RefcocoFiles.read(write_refcoco(folder / "refcoco"))
+    records = []
+    for split in files.test_splits():
+        for task, targets in (("where", files.expressions(split)), ("what", files.objects(split))):
+            for target in targets:
+                question, answer = GROUNDING_QUESTION.format(target.text), "<box:0>"
+                if task == "what":
+                    question, answer = REFERRING_QUESTION.format("<region:0>"), target.category
+                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+                record = {"id": f"{task}{target.id}", "image": target.image, "width": target.width, "height": target.height}
+                records.append({**record, "conversations": turns, "regions": [{"box": target.box}]})
+    (folder / "conversations.json").write_text(json.dumps(records))
+    config = MllmConfig(
+        data=[str(folder / "conversations.json")], images=str(folder / "images"), output=str(folder / "mllm"),
+        tower=str(tiny_folder), llm_preset="nano", vocab_size=450, llm_width=64, llm_layers=2, llm_heads=4, batch_size=8,
+        learning_rate=5e-3, max_steps=150, max_length=128, precision="fp32", save_dtype="float32", save_every=0,
+        log_every=40, report_to="none",
+    )  # fmt: skip
+    train(config)
+    return folder / "mllm"
 
 
 @pytest.fixture
@@ -216,14 +240,14 @@ def run(monkeypatch, *arguments):
 
 
 def test_an_encoder_points_with_its_box_head(encoders, scenes, monkeypatch, capsys):
-    arguments = ["--model", encoders / "cloc", "--data", scenes / "refcoco", "--out", scenes / "run"]
+    arguments = ["--model", encoders["cloc"], "--data", scenes / "refcoco", "--out", scenes / "run"]
     run(monkeypatch, *arguments, "--batch-size", 3)
     output = capsys.readouterr().out
     assert "refcoco/val" in output and "refcoco/testA" in output and output.strip().endswith(f"scores: {scenes / 'run'}")
     evaluation = load_evaluation(scenes / "run/refcoco/val")
     assert evaluation.protocol["codec"] == "box head" and evaluation.protocol["geometry"] == "pad"
 
-    model, processor = ClocModel.from_pretrained(encoders / "cloc").eval(), ClocProcessor.from_pretrained(encoders / "cloc")
+    model, processor = ClocModel.from_pretrained(encoders["cloc"]).eval(), ClocProcessor.from_pretrained(encoders["cloc"])
     for target, prediction in zip(evaluation.targets, evaluation.predictions, strict=True):
         inputs, (geometry,) = processor.images([Image.open(scenes / "images" / target.image)])
         with torch.inference_mode():
@@ -244,8 +268,42 @@ def test_an_encoder_points_with_its_box_head(encoders, scenes, monkeypatch, caps
     assert json.loads((scenes / "run/refcoco/val/scores.json").read_text()) == scores
 
 
+def test_an_mllm_that_knows_the_answers_points_right(overfitted_mllm, scenes, monkeypatch, capsys):
+    run(monkeypatch, "--model", overfitted_mllm, "--data", scenes / "refcoco", "--out", scenes / "run", "--batch-size", 2)
+    scores = json.loads((scenes / "run/refcoco/val/scores.json").read_text())
+    assert scores["acc_50"]["value"] == 1.0 and scores["mean_iou"] > 0.8 and scores["unparsed"] == 0
+    evaluation = load_evaluation(scenes / "run/refcoco/val")
+    assert evaluation.protocol["codec"] == "int1000" and evaluation.run["model"]["feature_layer"] == -2
+    assert evaluation.predictions[0].prompt == "Where is man on the left?"
+    assert evaluation.predictions[0].raw.startswith("[") and len(evaluation.run["model"]["weights_sha256"]) == 64
+
+    other = shutil.copytree(overfitted_mllm, scenes / "other")
+    settings = json.loads((other / "grounding.json").read_text())
+    for change, message in (
+        ({"codec": "float3"}, "box codec 'float3' is not known"),
+        ({"image": {**settings["image"], "mode": "center_crop"}}, "geometry 'center_crop' cuts objects off"),
+        ({"image": {**settings["image"], "size": 64}}, "grounding.json says images of 64 px, config.json a tower of 32 px"),
+    ):
+        (other / "grounding.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(DataError, match=message):
+            run(monkeypatch, "--model", other, "--data", scenes / "refcoco", "--out", scenes / "run2")
+
+
+def test_words_that_are_no_box_are_wrong_and_counted(overfitted_mllm, scenes, monkeypatch):
+    """The same model, its answers cut off after five tokens."""
+    monkeypatch.setattr("mllm.generation.GroundingModel.generate", _cut_short(GroundingModel.generate))
+    run(monkeypatch, "--model", overfitted_mllm, "--data", scenes / "refcoco", "--out", scenes / "run", "--split", "val")
+    scores = json.loads((scenes / "run/refcoco/val/scores.json").read_text())
+    assert scores["acc_50"]["value"] == 0 and scores["unparsed"] == 4
+    assert scores["unparsed_reasons"] == {"no box of the form [000, 000, 999, 999]": 4}
+
+
+def _cut_short(generate):
+    return lambda self, *arguments, **options: generate(self, *arguments, **{**options, "max_new_tokens": 5})
+
+
 def test_limit_is_marked_partial(encoders, scenes, monkeypatch, capsys):
-    run(monkeypatch, "--model", encoders / "cloc", "--data", scenes / "refcoco", "--out", scenes / "run",
+    run(monkeypatch, "--model", encoders["cloc"], "--data", scenes / "refcoco", "--out", scenes / "run",
         "--split", "val", "--limit", 3)  # fmt: skip
     assert "n 3  (PARTIAL: 3 of 4)" in capsys.readouterr().out
 
@@ -253,25 +311,23 @@ def test_limit_is_marked_partial(encoders, scenes, monkeypatch, capsys):
 def test_bad_models_and_images_are_refused_before_anything_is_answered(encoders, scenes, monkeypatch):
     arguments = ["--data", scenes / "refcoco", "--out", scenes / "run"]
     with pytest.raises(DataError, match="is a plain CLIP, which cannot point"):
-        run(monkeypatch, "--model", encoders / "clip", *arguments)
+        run(monkeypatch, "--model", encoders["clip"], *arguments)
     with pytest.raises(DataError, match="--model .*gone is not a folder"):
         run(monkeypatch, "--model", scenes / "gone", *arguments)
     with pytest.raises(DataError, match="--model and --data are needed"):
         run(monkeypatch, *arguments)
     (scenes / "images/val/102.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="102.png cannot be read as an image"):
-        run(monkeypatch, "--model", encoders / "cloc", *arguments)
+        run(monkeypatch, "--model", encoders["cloc"], *arguments)
     (scenes / "images/val/102.png").unlink()
     with pytest.raises(DataError, match="1 of 2 images are not in .*val/102.png; pass the folder .* as --images"):
-        run(monkeypatch, "--model", encoders / "cloc", *arguments)
+        run(monkeypatch, "--model", encoders["cloc"], *arguments)
     assert not (scenes / "run").exists()
 
 
 def test_a_geometry_that_was_not_trained_is_refused(encoders, scenes, monkeypatch, tmp_path):
-    import shutil
-
     changed = tmp_path / "squashed"
-    shutil.copytree(encoders / "cloc", changed)
+    shutil.copytree(encoders["cloc"], changed)
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps({**config, "geometry": "squash"}))
     with pytest.raises(DataError, match="geometry is 'pad', config.json was trained with 'squash'"):

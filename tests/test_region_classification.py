@@ -8,12 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from encoder.config import tiny
 from encoder.errors import DataError
-from encoder.model import ClocModel
 from encoder.pretrained import export_clip, load_encoder, load_processor
-from encoder.processor import ClocImageProcessor, ClocProcessor
-from encoder.tokenizer import train_text_tokenizer
 from eval import region_classification
 from eval.predictions import load_evaluation
 from eval.region_features import OPENAI80, RegionFeatures, crop_boxes, name_classifier, roi_align, templates_named
@@ -83,17 +79,11 @@ def test_templates_are_the_80_of_openai_and_a_sentence_needs_one_gap():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of a tiny random CLOC and of its CLIP part, sharing a tokenizer."""
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    tokenizer = train_text_tokenizer([f"a photo of a {name}" for name in NAMES], vocab_size=120, max_length=32)
-    model = ClocModel(tiny(vocab_size=len(tokenizer))).eval()
-    processor = ClocProcessor(ClocImageProcessor(size=32, geometry="pad"), tokenizer)
-    model.save_pretrained(folder / "cloc")
-    processor.save_pretrained(folder / "cloc")
-    export_clip(model, folder / "clip", processor)
-    return folder
+def models(tiny_folder, tmp_path_factory):
+    """Folders of a tiny random CLOC and of the CLIP in it."""
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    export_clip(load_encoder(tiny_folder), folder, load_processor(tiny_folder))
+    return {"cloc": tiny_folder, "clip": folder}
 
 
 @pytest.fixture
@@ -125,13 +115,13 @@ def common(boxes):
 
 
 def test_command_names_boxes_by_the_nearest_class_whatever_the_batch(models, boxes, monkeypatch, capsys):
-    run(monkeypatch, "--model", models / "cloc", "--batch-size", 1, *common(boxes))
+    run(monkeypatch, "--model", models["cloc"], "--batch-size", 1, *common(boxes))
     assert "n 4  (own data)" in capsys.readouterr().out
     evaluation = load_evaluation(boxes / "run/region_classification/seen/prompter")
     assert [target.id for target in evaluation.targets] == ["12", "13", "11", "14"]
     assert evaluation.protocol["crowds_left_out"] == 1 and evaluation.protocol["candidates"] == 3
 
-    model, processor = load_encoder(models / "cloc"), load_processor(models / "cloc")
+    model, processor = load_encoder(models["cloc"]), load_processor(models["cloc"])
     texts = processor.texts(NAMES)
     classes = torch.nn.functional.normalize(model.encode_text(**texts), dim=-1)
     for target, prediction in zip(evaluation.targets, evaluation.predictions, strict=True):
@@ -146,7 +136,7 @@ def test_command_names_boxes_by_the_nearest_class_whatever_the_batch(models, box
 
 
 def test_features_do_not_depend_on_the_batch_and_layers_differ(models, boxes):
-    model, processor = load_encoder(models / "clip"), load_processor(models / "clip")
+    model, processor = load_encoder(models["clip"]), load_processor(models["clip"])
     images = [Image.open(boxes / "images" / f"{i}.png").convert("RGB") for i in (1, 2)]
     of_images = [[(5.0, 5.0, 15.0, 15.0), (20.0, 3.0, 38.5, 23.0)], [(1.0, 2.0, 13.0, 22.0)]]
     embedded = {}
@@ -164,7 +154,7 @@ def test_features_do_not_depend_on_the_batch_and_layers_differ(models, boxes):
 
 
 def test_several_templates_average_unit_embeddings(models):
-    model, processor = load_encoder(models / "clip"), load_processor(models / "clip")
+    model, processor = load_encoder(models["clip"]), load_processor(models["clip"])
     one, two = (name_classifier(model, processor, NAMES, (t,)) for t in ("{}", "a photo of a {}"))
     both = name_classifier(model, processor, NAMES, ("{}", "a photo of a {}"))
     torch.testing.assert_close(both, torch.nn.functional.normalize(one + two, dim=-1))
@@ -172,14 +162,14 @@ def test_several_templates_average_unit_embeddings(models):
 
 def test_variants_share_a_run_folder_and_resume_by_id(models, boxes, monkeypatch, capsys):
     for arguments in (["--feature", "roialign", "--layer", -2], ["--feature", "crop", "--crop-scale", 1.5]):
-        run(monkeypatch, "--model", models / "clip", *arguments, *common(boxes))
+        run(monkeypatch, "--model", models["clip"], *arguments, *common(boxes))
     folder = boxes / "run/region_classification/seen"
     assert sorted(path.name for path in folder.iterdir()) == ["crop1.5", "roialign-2"]
 
     answers = folder / "crop1.5/predictions.jsonl"
     whole = answers.read_text()
     answers.write_text(whole[: len(whole) // 2])  # a kill in the middle of a line
-    run(monkeypatch, "--model", models / "clip", "--feature", "crop", "--crop-scale", 1.5, *common(boxes))
+    run(monkeypatch, "--model", models["clip"], "--feature", "crop", "--crop-scale", 1.5, *common(boxes))
     assert "half-written" in capsys.readouterr().out
     assert answers.read_text() == whole
     answers.unlink()
@@ -206,9 +196,9 @@ def test_bad_annotations_get_one_sentence(models, boxes, monkeypatch, change, me
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
-        run(monkeypatch, "--model", models / "cloc", *common(boxes))
+        run(monkeypatch, "--model", models["cloc"], *common(boxes))
 
 
 def test_prompter_is_refused_for_a_plain_clip(models, boxes, monkeypatch):
     with pytest.raises(DataError, match="this is a plain CLIP; use roialign or crop"):
-        run(monkeypatch, "--model", models / "clip", *common(boxes))
+        run(monkeypatch, "--model", models["clip"], *common(boxes))

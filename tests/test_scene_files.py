@@ -1,0 +1,223 @@
+"""The written folder, read back with nothing of ours: tarfile, json, pickle and PIL alone."""
+
+import io
+import json
+import pickle
+import pickletools
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from encoder.data.pictures import BASE_SEEN, BASE_UNSEEN
+from encoder.data.scene_files import SceneJob
+from encoder.data.scenes import SceneConfig
+from encoder.errors import DataError
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "make_scenes.py"
+ARGUMENTS = ["--train", "60", "--eval", "150", "--seed", "7"]
+
+
+def make(out, *more, arguments=ARGUMENTS):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", str(out), *arguments, *more], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes") / "base"
+    done = make(out, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"are in {out}")
+    assert not out.with_name("base.partial").exists()
+    return out
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_shards_hold_the_images_of_the_folder(folder):
+    with tarfile.open(folder / "shards" / "train" / "00000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
+    assert len(members) == 3 * 60
+    for key in sorted({name.split(".")[0] for name in members}):
+        record = json.loads(members[f"{key}.json"])
+        assert members[f"{key}.png"] == (folder / "images" / "train" / record["image"]).read_bytes()
+        assert members[f"{key}.txt"].decode() == record["captions"][0]
+        assert Image.open(io.BytesIO(members[f"{key}.png"])).size == (record["width"], record["height"])
+        for region in record["regions"]:
+            assert region["phrases"][0] in BASE_SEEN and region["source"] == "scenes"
+            left, top, right, bottom = region["box"]
+            assert 0 <= left < right <= record["width"] and 0 <= top < bottom <= record["height"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_conversations(folder, split):
+    records = read_json(folder / "conversations" / f"{split}.json")
+    assert len(records) == len(list((folder / "images" / split).iterdir()))
+    grounding = turns = 0
+    for record in records:
+        assert Image.open(folder / "images" / record["image"]).size == (record["width"], record["height"])
+        values = [turn["value"] for turn in record["conversations"]]
+        assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * (len(values) // 2)
+        assert values[0].startswith("<image>\n") and "".join(values).count("<image>") == 1
+        questions, answers = [value.replace("<image>\n", "") for value in values[::2]], values[1::2]
+        used = []
+        for question, answer in zip(questions, answers, strict=True):
+            if match := re.fullmatch(r"What is <region:(\d+)>\?", question):
+                used.append(int(match[1]))
+                # Neither a question nor another answer says the name that is asked for.
+                others = [*questions, *(other for other in answers if other is not answer)]
+                assert not any(f" {answer} " in f" {text.rstrip('?')} " for text in others)
+            else:
+                assert re.fullmatch(r"Where is the .+\?", question)
+                used.append(int(re.fullmatch(r"<box:(\d+)>", answer)[1]))
+                grounding += 1
+            turns += 1
+        assert sorted(used) == list(range(len(record["regions"])))  # each object once: no box answers two questions
+    assert 0.5 < grounding / turns < 0.8
+
+
+def test_refcoco_layout(folder):
+    data = (folder / "refcoco" / "refs(unc).p").read_bytes()
+    operations = list(pickletools.genops(data))
+    assert operations[0][0].name == "PROTO" and operations[0][1] == 2
+    assert not {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "INST", "OBJ"} & {operation[0].name for operation in operations}
+    refs, instances = pickle.loads(data), read_json(folder / "refcoco" / "instances.json")
+    images = {image["id"]: image for image in instances["images"]}
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    names = {category["id"]: category["name"] for category in instances["categories"]}
+    assert len(images) == len(instances["images"]) and len(annotations) == len(instances["annotations"])
+    assert {ref["split"] for ref in refs} == {"val", "testA", "testB"}
+    assert len({ref["ref_id"] for ref in refs}) == len(refs) == len({ref["ann_id"] for ref in refs})
+    sentences = dict.fromkeys(("val", "testA", "testB"), 0)
+    sent_ids = []
+    for ref in refs:
+        assert set(ref) == {
+            "ref_id", "ann_id", "category_id", "image_id", "file_name", "split", "sent_ids", "sentences"
+        }  # fmt: skip
+        annotation, image = annotations[ref["ann_id"]], images[ref["image_id"]]
+        assert annotation["image_id"] == ref["image_id"] and annotation["category_id"] == ref["category_id"]
+        assert image["file_name"] == ref["file_name"] and ref["file_name"].startswith(ref["split"] + "/")
+        assert Image.open(folder / "images" / ref["file_name"]).size == (image["width"], image["height"])
+        assert names[ref["category_id"]] in BASE_SEEN and 1 <= len(ref["sentences"]) <= 3
+        for sentence in ref["sentences"]:
+            assert names[ref["category_id"]] in sentence["sent"] and sentence["tokens"] == sentence["sent"].split()
+        sent_ids += ref["sent_ids"]
+        assert ref["sent_ids"] == [sentence["sent_id"] for sentence in ref["sentences"]]
+        sentences[ref["split"]] += len(ref["sentences"])
+    assert len(set(sent_ids)) == len(sent_ids) and all(150 <= count < 175 for count in sentences.values())
+
+
+def test_few_objects_in_testa_and_a_crowd_with_twins_in_testb(folder):
+    instances = read_json(folder / "refcoco" / "instances.json")
+    split_of = {image["id"]: image["file_name"].split("/")[0] for image in instances["images"]}
+    categories = {}
+    for annotation in instances["annotations"]:
+        categories.setdefault(annotation["image_id"], []).append(annotation["category_id"])
+    for image_id, found in categories.items():
+        if split_of[image_id] == "testA":
+            assert 2 <= len(found) <= 3
+        if split_of[image_id] == "testB":
+            assert 5 <= len(found) <= 6 and len(set(found)) < len(found)
+
+
+def test_regions_seen_and_unseen(folder):
+    for split, names, image_split in (("seen", BASE_SEEN, "val"), ("unseen", BASE_UNSEEN, "unseen")):
+        data = read_json(folder / "regions" / f"{split}.json")
+        assert {category["name"] for category in data["categories"]} == set(names)
+        assert len(data["images"]) == len(list((folder / "images" / image_split).iterdir()))
+        sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+        for annotation in data["annotations"]:
+            left, top, width, height = annotation["bbox"]
+            image_width, image_height = sizes[annotation["image_id"]]
+            assert left >= 0 and top >= 0 and left + width <= image_width and top + height <= image_height
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["names"] == {"seen": sorted(BASE_SEEN), "unseen": sorted(BASE_UNSEEN)}
+    assert manifest["counts"]["train"]["scenes"] == 60 and manifest["arguments"]["seed"] == 7
+
+
+def test_splits_share_no_image(folder):
+    files = sorted((folder / "images").rglob("*.png"))
+    assert len({file.read_bytes() for file in files}) == len(files)
+
+
+def test_the_same_files_with_one_worker(folder, tmp_path):
+    assert make(tmp_path / "again", "--workers", "1").returncode == 0
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
+    assert all((folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
+
+
+def test_a_finished_folder_is_kept(folder):
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    done = make(folder, "--workers", "1")
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    other = make(folder, arguments=["--train", "61", "--eval", "150", "--seed", "7"])
+    assert other.returncode == 2 and "num_train 60 there, 61 asked" in other.stderr
+    assert other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_folders_that_are_not_ours_stay(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "no readable manifest.json" in make(tmp_path / "mine").stderr
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "thesis.txt").write_text("precious")
+    assert "was not left by this script" in make(tmp_path / "new").stderr
+    assert (tmp_path / "mine" / "thesis.txt").exists() and (tmp_path / "new.partial" / "thesis.txt").exists()
+    (tmp_path / "cut.partial").mkdir()
+    (tmp_path / "cut.partial" / "UNFINISHED").write_text("")
+    (tmp_path / "cut.partial" / "half.png").write_text("")
+    assert make(tmp_path / "cut", arguments=["--train", "2", "--eval", "2"]).returncode == 0
+    assert not (tmp_path / "cut" / "half.png").exists() and not (tmp_path / "cut.partial").exists()
+
+
+def test_a_folder_of_pictures_over_photographs(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((120, 90), 60).convert("RGB").save(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "cut outs").mkdir()
+    for index in range(20):
+        image = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
+        image.paste((12 * index, 90, 255 - 12 * index, 255), (5, 5, 50, 40))
+        image.save(tmp_path / "cut outs" / f"tile_{index}.png")
+    arguments = ["--pictures", str(tmp_path / "cut outs"), "--backgrounds", str(tmp_path / "photos")]
+    size = ["--objects", "2", "4", "--long-side", "64", "--short-side", "48", "--object-size", "16", "28"]
+    done = make(tmp_path / "out", *arguments, *size, arguments=["--train", "10", "--eval", "10"])
+    assert done.returncode == 0, done.stderr
+    names = read_json(tmp_path / "out" / "manifest.json")["names"]
+    assert len(names["seen"]) == 16 and len(names["unseen"]) == 4 and not set(names["seen"]) & set(names["unseen"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--pictures", "nowhere"], "picture folder nowhere is not there"),
+        (["--backgrounds", "nowhere"], "background folder nowhere is not there"),
+        (["--object-size", "24", "90"], "does not fit"),
+        (["--train", "0"], "num_train is 0"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--objects", "40", "40"], "a scene of 40 objects wants"),
+    ],
+)
+def test_one_sentence_for_what_cannot_be(tmp_path, arguments, message):
+    done = make(tmp_path / "out", *arguments, arguments=["--train", "5", "--eval", "5"])
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line and "Traceback" not in done.stderr
+
+
+def test_split_configurations():
+    job = SceneJob(config=SceneConfig(num_objects=(2, 4)))
+    assert job.split_config("testA").num_objects == (2, 3)
+    assert job.split_config("testB").num_objects == (3, 4) and job.split_config("testB").repeat_fraction == 1
+    assert job.split_config("val") == job.split_config("train") == job.config
+    with pytest.raises(DataError, match="turns is 0"):
+        SceneJob(turns=0)
