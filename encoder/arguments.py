@@ -92,11 +92,35 @@ def build(cls: type, values: dict):
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and name not in chosen:
             raise DataError(f"'{name}' is not given; set it in the recipe or with --{name}")
-    for name, value in chosen.items():
-        annotation = fields[name].type
-        if annotation in (float, float | None) and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try:  # YAML reads 1e-3 as a string
-                chosen[name] = float(value)
-            except ValueError:
-                raise DataError(f"'{name}' is '{value}'; a number is needed") from None
-    return cls(**chosen)
+    return cls(**{name: _checked(fields[name].type, value, name) for name, value in chosen.items()})
+
+
+WORDS = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", list: "a list"}
+
+
+def _checked(annotation, value, name: str):
+    """`value` as the field's type; a value of another kind is refused. YAML reads 1e-3 as a string: numbers may be text."""
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        annotation = next(option for option in typing.get_args(annotation) if option is not types.NoneType)
+    kind = typing.get_origin(annotation) or annotation
+    if kind in (float, int):
+        number = _number(value)
+        if number is not None and (kind is float or number.is_integer()):
+            return value if type(value) is kind else kind(number)
+    elif kind is list and isinstance(value, list | tuple):
+        return list(value)
+    elif kind not in WORDS or isinstance(value, kind):
+        return value
+    raise DataError(f"'{name}' is '{value}'; {WORDS[kind]} is needed")
+
+
+def _number(value) -> float | None:
+    """A number or its text as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

@@ -67,9 +67,9 @@ class ClocConfig(CLIPConfig):
             )
 
 
-def _config(vision: dict, text: dict, projection_dim: int, **fields) -> ClocConfig:
+def _config(vision: dict, text: dict, projection_dim: int, vocab_size: int = 32100, **fields) -> ClocConfig:
     """Towers in the shape of OpenAI's CLIP with T5's special tokens (pad 0, eos 1), which the paper's text tower uses."""
-    text = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "vocab_size": 32100, **text}
+    text = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "vocab_size": vocab_size, **text}
     sizes = {"projection_dim": projection_dim}
     return ClocConfig(vision_config={**vision, **sizes}, text_config={**text, **sizes}, **sizes, **fields)
 

@@ -41,7 +41,7 @@ def _load_strict(cls, folder, **kwargs):
     return model.eval()
 
 
-def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> ClocModel | CLIPModel:
+def load_encoder(folder: str | Path, dtype: torch.dtype | str = torch.float32) -> ClocModel | CLIPModel:
     """A CLOC folder as `ClocModel`, a CLIP folder as stock `CLIPModel`, in evaluation mode."""
     kind = folder_kind(folder)
     if kind == "clip_vision_model":

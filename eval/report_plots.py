@@ -81,7 +81,7 @@ def differences(rows: list[Row], pair: Pair) -> bytes:
     """The paired difference of one pair with its 95% interval, a line for every row, zero marked."""
     pyplot = _pyplot()
     rows = [row for row in rows if pair in row.differences]
-    figure, axes = pyplot.subplots(figsize=(4.2, 0.9 + 0.4 * len(rows)))
+    figure, axes = pyplot.subplots(figsize=(3.7, 0.9 + 0.4 * len(rows)))
     for index, row in enumerate(rows):
         interval = row.differences[pair]
         colour = "#777777"

@@ -1,5 +1,6 @@
 """Asking an MLLM: pictures and questions in, words and boxes out, greedily and in batches."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from mllm.checkpoint import load_mllm
 from mllm.conversation import IMAGE, question_with_boxes
 
 Box = tuple[float, float, float, float]
+FEATURE_BYTES = 1 << 30  # projected pictures kept for further questions
 
 
 class GroundingModel:
@@ -55,7 +57,7 @@ class GroundingModel:
         # Prompts of one length lie side by side, and questions on one picture too: little padding, few tower calls.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), id(images[i]), i))
         answers: list[str] = [""] * len(prompts)
-        features: dict[int, Tensor] = {}
+        features: OrderedDict[int, Tensor] = OrderedDict()
         with tqdm(total=len(prompts), desc="answers", disable=not progress, unit="answer") as bar:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
@@ -83,12 +85,18 @@ class GroundingModel:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
 
-    def _see(self, images: list[Image.Image], features: dict[int, Tensor]) -> None:
-        """Projected image tokens (N, D) of the pictures not seen yet, in one tower call."""
-        new = {id(image): image for image in images if id(image) not in features}
+    def _see(self, images: list[Image.Image], features: "OrderedDict[int, Tensor]") -> None:
+        """Projected image tokens (N, D) of the pictures not at hand, in one tower call; the longest unused make room."""
+        batch = {id(image): image for image in images}
+        new = {key: image for key, image in batch.items() if key not in features}
         if new:
             pixels = self.settings.image.pixels(list(new.values())).to(self.model.device, self.model.dtype)
             features.update(zip(new, self.model.get_image_features(pixels).pooler_output, strict=True))
+        for key in batch:
+            features.move_to_end(key)
+        size = features[next(iter(batch))].nbytes
+        while len(features) > max(len(batch), FEATURE_BYTES // size):
+            features.popitem(last=False)
 
     def _answer(self, prompts: list[list[int]], features: list[Tensor], max_new_tokens: int) -> list[str]:
         """Left-padded greedy decoding of prompts (each with one image mark) and their image tokens (N, D)."""

@@ -1,10 +1,19 @@
-"""The commands that quickstart.py and reproduce.py share: the same evaluations of the same four kinds of runs."""
+"""Commands that quickstart.py and reproduce.py share, so that both measure in the same way."""
 
+import json
 import sys
 from pathlib import Path
 
 PYTHON = sys.executable
 TOWERS = ("clip", "cloc")
+# Every way to read a box with an encoder alone; a CLIP gets all that need no Prompter, and its best one is compared.
+FEATURES = {"cloc": [["prompter"]], "clip": [["roialign", "--layer", "-1"], ["roialign", "--layer", "-2"], ["crop"]]}
+RUN_ALL = "import json, subprocess, sys\nfor command in json.loads(sys.argv[1]): subprocess.run(command, check=True)"
+
+
+def in_order(commands: list[list[str]]) -> list[str]:
+    """Several commands as one, which stops at the first that fails."""
+    return [PYTHON, "-c", RUN_ALL, json.dumps(commands)]
 
 
 def scenes_command(folder: Path, pictures: str, train: int, evaluate: int, seed: int) -> list[str]:
@@ -14,26 +23,17 @@ def scenes_command(folder: Path, pictures: str, train: int, evaluate: int, seed:
 
 
 def mllm_evaluations(model: Path, scenes: Path, out: Path) -> list[str]:
-    """Grounding and referring of one MLLM on all RefCOCO splits of the scenes, one after the other, as one command."""
+    """Grounding and referring of one MLLM on all RefCOCO splits of the scenes."""
     data = ["--model", str(model), "--data", str(scenes / "refcoco"), "--images", str(scenes / "images"), "--out", str(out)]
-    return chain([[PYTHON, f"eval/{name}.py", *data] for name in ("refcoco", "referring")])
+    return in_order([[PYTHON, f"eval/{name}.py", *data] for name in ("refcoco", "referring")])
 
 
-def region_evaluations(model: Path, tower: str, scenes: Path, out: Path) -> list[str]:
-    """Region classification of one encoder on seen and unseen names: CLOC by its Prompter, CLIP by every other way."""
-    ways = {"cloc": [["prompter"]], "clip": [["roialign", "--layer", "-1"], ["roialign", "--layer", "-2"], ["crop"]]}
+def region_evaluations(encoder: Path, tower: str, scenes: Path, out: Path) -> list[str]:
+    """Region classification of one encoder, on names it was trained with and on names it was not."""
     commands = []
     for names in ("seen", "unseen"):
         files = ["--annotations", str(scenes / "regions" / f"{names}.json"), "--images", str(scenes / "images")]
-        for way in ways[tower]:
-            target = ["--model", str(model), "--feature", *way, "--out", str(out)]
-            commands.append([PYTHON, "eval/region_classification.py", *files, *target])
-    return chain(commands)
-
-
-def chain(commands: list[list[str]]) -> list[str]:
-    """Several commands as one that stops at the first failure."""
-    script = 'import subprocess, sys, json\nfor c in json.loads(sys.argv[1]):\n    subprocess.run(c, check=True)'
-    import json
-
-    return [PYTHON, "-c", script, json.dumps(commands)]
+        for feature in FEATURES[tower]:
+            settings = ["--model", str(encoder), "--feature", *feature, "--out", str(out)]
+            commands.append([PYTHON, "eval/region_classification.py", *files, *settings])
+    return in_order(commands)

@@ -1,5 +1,6 @@
 """The preview as a user calls it: problems counted and listed, samples drawn after the model's transform."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,12 +10,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from encoder.errors import DataError
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "preview_data.py"
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "preview_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the script's main in this process -> (exit status, printed lines)."""
+    spec = importlib.util.spec_from_file_location("preview_data", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "preview_data", script)
+    spec.loader.exec_module(script)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        status = script.main()
+        return status, capsys.readouterr().out.splitlines()
+
+    return call
 
 
 @pytest.fixture
@@ -39,42 +53,48 @@ def write(folder, records):
     return folder / "c.json"
 
 
-def test_shards(region_shards, tmp_path):
-    done = run(region_shards, "--out", tmp_path / "deep" / "p.png", "--samples", 5)
-    assert done.returncode == 0, done.stderr
-    assert "24 good records, 0 problems" in done.stdout
-    assert done.stdout.strip().splitlines()[-1] == f"5 samples are drawn in {tmp_path / 'deep' / 'p.png'}"
+def test_shards(run, region_shards, tmp_path):
+    status, lines = run(region_shards, "--out", tmp_path / "deep" / "p.png", "--samples", 5)
+    assert status == 0 and lines[0] == "24 good records, 0 problems"
+    assert lines[-1] == f"5 samples are drawn in {tmp_path / 'deep' / 'p.png'}"
     assert Image.open(tmp_path / "deep" / "p.png").width > 1000
 
 
-def test_broken_shards_are_counted_and_listed(region_shards, tmp_path):
+def test_broken_shards_are_counted_and_listed(run, region_shards, tmp_path):
     for shard in region_shards.glob("*.tar"):
         data = shard.read_bytes()
         (tmp_path / shard.name).write_bytes(data if shard.name == "00000.tar" else data[:3000])
-    done = run(tmp_path, "--out", tmp_path / "p.png")
-    assert done.returncode == 1
-    problems = [line for line in done.stdout.splitlines() if line.startswith("problem: ")]
-    assert problems and all("00001.tar" in line for line in problems) and "truncated at byte 3000" in done.stdout
-    assert done.stdout.strip().endswith(str(tmp_path / "p.png"))
+    status, lines = run(tmp_path, "--out", tmp_path / "p.png")
+    problems = [line for line in lines if line.startswith("problem: ")]
+    assert status == 1 and problems and all("00001.tar" in line for line in problems)
+    assert any("truncated at byte 3000" in line for line in problems)
+    assert lines[-1].endswith(str(tmp_path / "p.png"))
 
 
-def test_conversation_problems(conversations):
+def test_conversation_problems(run, conversations):
     folder, record = conversations
-    records = [record("good"), record("gone", image="b.png"), record("half", image="half.png"),
-               record("outside", box=(10, 5, 90, 15)), record("flat", box=(10, 5, 10, 15)), record("index", number=3)]  # fmt: skip
-    done = run(write(folder, records), "--images", folder / "images", "--out", folder / "p.png")
-    assert done.returncode == 1 and "1 good records, 5 problems" in done.stdout
+    records = [
+        record("good"),
+        record("gone", image="b.png"),
+        record("half", image="half.png"),
+        record("outside", box=(10, 5, 90, 15)),
+        record("flat", box=(10, 5, 10, 15)),
+        record("index", number=3),
+    ]
+    where = ["--images", folder / "images", "--out", folder / "p.png"]
+    status, lines = run(write(folder, records), *where)
+    assert status == 1 and lines[0] == "1 good records, 5 problems"
     for name in ("gone", "half", "outside", "flat", "index"):
-        assert sum(f"id {name}:" in line for line in done.stdout.splitlines() if line.startswith("problem: ")) == 1, done.stdout
-    short = run(write(folder, records), "--images", folder / "images", "--out", folder / "p.png", "--listed", 2)
-    assert short.stdout.count("problem: ") == 2 and "and 3 more problems" in short.stdout
+        assert sum(f"id {name}:" in line for line in lines if line.startswith("problem: ")) == 1, lines
+    _, lines = run(write(folder, records), *where, "--listed", 2)
+    assert sum(line.startswith("problem: ") for line in lines) == 2
+    assert "and 3 more problems; see them with --listed 5" in lines
 
 
 @pytest.mark.parametrize("geometry, expected", [("pad", (0.25, 0.375, 0.75, 0.625)), ("squash", (0.25, 0.25, 0.75, 0.75))])
-def test_boxes_lie_on_what_the_model_sees(conversations, geometry, expected):
+def test_boxes_lie_on_what_the_model_sees(run, conversations, geometry, expected):
     folder, record = conversations
-    done = run(write(folder, [record("good")]), "--images", folder / "images", "--out", folder / "p.png", "--geometry", geometry)
-    assert done.returncode == 0, done.stderr
+    run(write(folder, [record("good")]), "--images", folder / "images", "--out", folder / "p.png", "--geometry", geometry)
     cell = np.asarray(Image.open(folder / "p.png").convert("RGB"))[8:308, 8:308]
     frame = (cell == (0xE6, 0x19, 0x4B)).all(-1)  # the first box's colour; the tile itself is pure red
     ys, xs = np.nonzero(frame)
@@ -85,14 +105,19 @@ def test_boxes_lie_on_what_the_model_sees(conversations, geometry, expected):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nowhere/*.tar"], "nowhere/*.tar matches no file"),
+        (["nowhere/*.tar"], r"nowhere/\*.tar matches no file"),
         (["nowhere.json"], "say with --images"),
         (["nowhere.json", "--images", "."], "nowhere.json"),
         (["nowhere.json", "a.tar"], "stands beside other data"),
         (["a.tar", "--samples", "0"], "at least 1"),
     ],
 )
-def test_what_cannot_be_previewed(arguments, message, tmp_path):
-    done = run(*arguments, "--out", tmp_path / "p.png")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert message in done.stderr and not (tmp_path / "p.png").exists()
+def test_what_cannot_be_previewed(run, arguments, message, tmp_path):
+    with pytest.raises((DataError, FileNotFoundError), match=message):
+        run(*arguments, "--out", tmp_path / "p.png")
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_as_a_user_runs_it(tmp_path):
+    done = subprocess.run([sys.executable, str(SCRIPT), "nowhere.tar"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere.tar matches no file;")

@@ -1,5 +1,6 @@
 """The written folder, read back with nothing of ours: tarfile, json, pickle and PIL alone."""
 
+import importlib.util
 import io
 import json
 import pickle
@@ -23,17 +24,19 @@ ARGUMENTS = ["--train", "60", "--eval", "150", "--seed", "7"]
 
 
 def make(out, *more, arguments=ARGUMENTS):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--out", str(out), *arguments, *more], capture_output=True, text=True, timeout=120
-    )
+    """Runs the script's main in this process; a user error is raised as the DataError or FileNotFoundError it is."""
+    spec = importlib.util.spec_from_file_location("make_scenes", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), "--out", str(out), "--workers", "1", *arguments, *more])
+        script.main()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes") / "base"
-    done = make(out, "--workers", "2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith(f"are in {out}")
+    make(out, "--workers", "2")
     assert not out.with_name("base.partial").exists()
     return out
 
@@ -149,35 +152,45 @@ def test_splits_share_no_image(folder):
 
 
 def test_the_same_files_with_one_worker(folder, tmp_path):
-    assert make(tmp_path / "again", "--workers", "1").returncode == 0
+    make(tmp_path / "again", "--workers", "1")
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
     assert all((folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
 
 
-def test_a_finished_folder_is_kept(folder):
+def test_a_finished_folder_is_kept(folder, capsys):
     before = (folder / "manifest.json").stat().st_mtime_ns
-    done = make(folder, "--workers", "1")
-    assert done.returncode == 0 and "nothing to do" in done.stdout
-    other = make(folder, arguments=["--train", "61", "--eval", "150", "--seed", "7"])
-    assert other.returncode == 2 and "num_train 60 there, 61 asked" in other.stderr
-    assert other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
+    make(folder)
+    assert capsys.readouterr().out == f"nothing to do: {folder} already holds these scenes\n"
+    with pytest.raises(DataError, match="num_train 60 there, 61 asked"):
+        make(folder, "--train", "61")
     assert (folder / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_folders_that_are_not_ours_stay(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "no readable manifest.json" in make(tmp_path / "mine").stderr
+    with pytest.raises(DataError, match="no readable manifest.json"):
+        make(tmp_path / "mine")
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "thesis.txt").write_text("precious")
-    assert "was not left by this script" in make(tmp_path / "new").stderr
+    with pytest.raises(DataError, match="was not left by this script"):
+        make(tmp_path / "new")
     assert (tmp_path / "mine" / "thesis.txt").exists() and (tmp_path / "new.partial" / "thesis.txt").exists()
+
+
+def test_an_interrupted_run_is_no_folder_and_is_cleared(tmp_path, capsys, monkeypatch):
     (tmp_path / "cut.partial").mkdir()
     (tmp_path / "cut.partial" / "UNFINISHED").write_text("")
     (tmp_path / "cut.partial" / "half.png").write_text("")
-    assert make(tmp_path / "cut", arguments=["--train", "2", "--eval", "2"]).returncode == 0
+    (tmp_path / "cut").mkdir()
+    make(tmp_path / "cut", arguments=["--train", "2", "--eval", "2"])
     assert not (tmp_path / "cut" / "half.png").exists() and not (tmp_path / "cut.partial").exists()
+    assert capsys.readouterr().out.strip().endswith(f"are in {tmp_path / 'cut'}")
+    monkeypatch.setattr("encoder.data.scene_files._write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "other", arguments=["--train", "2", "--eval", "2"])
+    assert not (tmp_path / "other").exists() and (tmp_path / "other.partial" / "UNFINISHED").exists()
 
 
 def test_a_folder_of_pictures_over_photographs(tmp_path):
@@ -190,8 +203,7 @@ def test_a_folder_of_pictures_over_photographs(tmp_path):
         image.save(tmp_path / "cut outs" / f"tile_{index}.png")
     arguments = ["--pictures", str(tmp_path / "cut outs"), "--backgrounds", str(tmp_path / "photos")]
     size = ["--objects", "2", "4", "--long-side", "64", "--short-side", "48", "--object-size", "16", "28"]
-    done = make(tmp_path / "out", *arguments, *size, arguments=["--train", "10", "--eval", "10"])
-    assert done.returncode == 0, done.stderr
+    make(tmp_path / "out", *arguments, *size, arguments=["--train", "10", "--eval", "10"])
     names = read_json(tmp_path / "out" / "manifest.json")["names"]
     assert len(names["seen"]) == 16 and len(names["unseen"]) == 4 and not set(names["seen"]) & set(names["unseen"])
 
@@ -208,10 +220,16 @@ def test_a_folder_of_pictures_over_photographs(tmp_path):
     ],
 )
 def test_one_sentence_for_what_cannot_be(tmp_path, arguments, message):
-    done = make(tmp_path / "out", *arguments, arguments=["--train", "5", "--eval", "5"])
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert message in line and "Traceback" not in done.stderr
+    with pytest.raises((DataError, FileNotFoundError), match=message) as caught:
+        make(tmp_path / "out", *arguments, arguments=["--train", "5", "--eval", "5"])
+    assert not (tmp_path / "out").exists() and "\n" not in str(caught.value)
+
+
+def test_as_a_user_runs_it(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--pictures", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "error: picture folder nowhere is not there; give a folder of RGBA cut-outs\n"
 
 
 def test_split_configurations():

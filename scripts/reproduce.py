@@ -1,0 +1,114 @@
+"""Makes the shipped weights from zero: scenes, a CLIP and a CLOC encoder, an MLLM on each, and their comparison.
+
+    make reproduce        or        python scripts/reproduce.py
+
+Both encoders see the same images in the same order for the same number of steps, and so do both MLLMs. It takes about
+two hours on two cores. Interrupted, the same command goes on. `--ship` copies the result into weights/.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from encoder.errors import run_main
+from pipeline import PYTHON, TOWERS, in_order, mllm_evaluations, region_evaluations, scenes_command
+from stages import Stage, run_stages
+
+ROOT = Path(__file__).resolve().parent.parent
+# CLIP reads best from the layer before the last, CLOC from the last; docs/results.md has the measurement.
+FEATURE_LAYER = {"clip": -2, "cloc": -1}
+NOTE = "All weights were trained by scripts/reproduce.py from zero, on scenes of the base pictures; weights/README.md says how."
+
+
+def encoder_command(tower: str, scenes: Path, out: Path) -> list[str]:
+    settings = ["--objective", tower, "--shards", str(scenes / "shards" / "train"), "--output", str(out)]
+    return [PYTHON, "scripts/pretrain_encoder.py", "scripts/recipes/nano_encoder.yaml", *settings]
+
+
+def mllm_command(tower: str, encoder: Path, scenes: Path, words: Path, out: Path) -> list[str]:
+    """One MLLM from a frozen tower; the tokenizer also reads the later domain's words, as any grown-up one has."""
+    data = scenes / "conversations" / "train.json"
+    files = ["--data", str(data), "--images", str(scenes / "images"), "--val_data", str(scenes / "conversations" / "val.json")]
+    texts = ["--tokenizer_data", str(data), str(words / "conversations" / "train.json")]
+    parts = ["--tower", str(encoder), "--feature_layer", str(FEATURE_LAYER[tower]), "--output", str(out)]
+    return [PYTHON, "scripts/finetune_mllm.py", "scripts/recipes/nano_base.yaml", *files, *texts, *parts]
+
+
+def ship(out: Path, weights: Path) -> None:
+    """Copies the four finished folders into `weights`, each with its log, and writes provenance.json beside them."""
+    for tower in TOWERS:
+        for name, source in ((tower, out / tower / "model"), (f"mllm_{tower}", out / f"mllm_{tower}")):
+            target = weights / name
+            if target.exists():
+                shutil.rmtree(target)
+            target.mkdir(parents=True)
+            for file in source.iterdir():
+                if file.is_file() and file.suffix in (".safetensors", ".json", ".model", ".jinja"):
+                    shutil.copy2(file, target / file.name)
+            log = (out / tower if source.name == "model" else source) / "log.jsonl"
+            if log.is_file():
+                shutil.copy2(log, target / "log.jsonl")
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    stages = {file.stem: json.loads(file.read_text()) for file in sorted((out / "done").glob("*.json"))}
+    record = {
+        "command": "python scripts/reproduce.py",
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "python": platform.python_version(),
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+    }
+    (weights / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"the shipped weights are in {weights}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "base", help="folder of everything it makes")
+    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default 40000)")
+    parser.add_argument("--eval", type=int, default=1200, help="expressions of each of val, testA, testB (default 1200)")
+    parser.add_argument("--ship", action="store_true", help="copy the finished weights into weights/")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    out = arguments.out.resolve()
+    scenes, words = out / "scenes", out / "words"
+    mllm, runs = ({tower: out / f"{kind}_{tower}" for tower in TOWERS} for kind in ("mllm", "eval"))
+    compare = [PYTHON, "eval/compare.py", *(f"{tower}={runs[tower]}" for tower in reversed(TOWERS))]
+    stages = [
+        Stage(
+            "scenes",
+            f"draw {arguments.scenes} scenes",
+            [
+                in_order(
+                    [
+                        scenes_command(scenes, "base", arguments.scenes, arguments.eval, seed=0),
+                        scenes_command(words, "new", 500, 1, seed=100),
+                    ]
+                )
+            ],
+        ),
+        Stage("encoders", "pretrain both encoders", [encoder_command(tower, scenes, out / tower) for tower in TOWERS]),
+        Stage(
+            "mllms",
+            "train an MLLM on each",
+            [mllm_command(tower, out / tower / "model", scenes, words, mllm[tower]) for tower in TOWERS],
+        ),
+        Stage("evaluate", "ground and refer", [mllm_evaluations(mllm[tower], scenes, runs[tower]) for tower in TOWERS]),
+        Stage(
+            "regions",
+            "name boxes with the encoders alone",
+            [region_evaluations(out / tower / "model", tower, scenes, runs[tower]) for tower in TOWERS],
+        ),
+        Stage("compare", "compare", [[*compare, "--note", NOTE, "--out", str(out / "report")]]),
+    ]
+    run_stages(stages, out)
+    if arguments.ship:
+        ship(out, ROOT / "weights")
+    print(f"done: the comparison is in {out / 'report' / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

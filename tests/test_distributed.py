@@ -1,0 +1,163 @@
+"""Several gloo processes equal one process on the joined batch, in value and in gradient, with uneven and empty ranks.
+
+One spawn runs every case: starting processes costs more than all the arithmetic.
+"""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from encoder import distributed
+from encoder.config import tiny
+from encoder.contrastive import contrastive_loss
+from encoder.losses import LossConfig, cloc_losses
+from encoder.model import ClocModel
+
+WORLD = 2
+# Regions of each of four images; the first two images are rank 0's.
+REGION_COUNTS = {"uneven": (3, 1, 0, 4), "all on one rank": (0, 0, 2, 3), "one region": (0, 1, 0, 0), "none at all": (0, 0, 0, 0)}
+CONFIGS = {"default": LossConfig(), "strong filter, l2": LossConfig(similar_text_threshold=0.2, grounding_norm="l2")}
+ROW_COUNTS = {"uneven": (5, 2), "empty rank": (0, 6), "both empty": (0, 0)}
+
+
+def joined_batch(counts) -> dict[str, torch.Tensor]:
+    """Four images, captions and their regions; texts repeat across images, so that the filter has work across ranks."""
+    generator = torch.Generator().manual_seed(5)
+    total = sum(counts)
+    corners = torch.rand(total, 2, 2, generator=generator).sort(dim=1).values
+    ids = torch.randint(2, 60, (6, 7), generator=generator)
+    ids[:, -1] = 1
+    return {
+        "pixel_values": torch.randn(4, 3, 32, 32, generator=generator),
+        "input_ids": ids[:4],
+        "attention_mask": torch.ones(4, 7, dtype=torch.long),
+        "boxes": corners.reshape(total, 4),
+        "image_index": torch.repeat_interleave(torch.arange(4), torch.tensor(counts)),
+        "region_input_ids": ids,
+        "region_attention_mask": torch.ones(6, 7, dtype=torch.long),
+        "region_text_index": torch.arange(total) % 3,
+    }
+
+
+def part_of(batch: dict, rank: int) -> dict:
+    """A rank's half; a rank without regions has no region text either, as in `RegionBatches`."""
+    mine = (batch["image_index"] // 2) == rank
+    used = batch["region_text_index"][mine].unique()
+    part = {key: batch[key][2 * rank : 2 * rank + 2] for key in ("pixel_values", "input_ids", "attention_mask")}
+    part |= {"boxes": batch["boxes"][mine], "image_index": batch["image_index"][mine] - 2 * rank}
+    part |= {key: batch[key][used] for key in ("region_input_ids", "region_attention_mask")}
+    return part | {"region_text_index": torch.searchsorted(used, batch["region_text_index"][mine])}
+
+
+def model_step(batch: dict, config: LossConfig) -> tuple[torch.Tensor, dict, dict]:
+    """This rank's share of the loss, its report, and the share's gradient for every parameter."""
+    torch.manual_seed(0)
+    model = ClocModel(tiny(vocab_size=64, region_temperature="own"))
+    losses, report = cloc_losses(model(**batch), batch["boxes"], batch["image_index"], config)
+    share = sum(losses.values())
+    share.backward()
+    return share.detach(), report, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def rows(counts) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(sum(counts), 6, generator=generator), torch.randn(sum(counts), 6, generator=generator)
+
+
+def contrast(a, b) -> tuple[torch.Tensor, ...]:
+    a, b, scale = a.clone().requires_grad_(), b.clone().requires_grad_(), torch.tensor(9.0, requires_grad=True)
+    loss, _ = contrastive_loss(a, b, scale, b, 0.3)
+    return (loss.detach(), *torch.autograd.grad(loss, [a, b, scale]))
+
+
+def everything(rank: int) -> dict:
+    """All cases as one rank sees them."""
+    results = {}
+    for name, counts in REGION_COUNTS.items():
+        for config_name, config in CONFIGS.items():
+            results["model", name, config_name] = model_step(part_of(joined_batch(counts), rank), config)
+    for name, counts in ROW_COUNTS.items():
+        start = sum(counts[:rank])
+        results["rows", name] = contrast(*(feat[start : start + counts[rank]] for feat in rows(counts)))
+        mine = torch.arange(start, start + counts[rank]).float()[:, None].requires_grad_()
+        gathered = distributed.gather_with_grad(mine, distributed.gather_counts(len(mine)))
+        ((1 + rank) * gathered.square().sum()).backward()
+        results["gather", name] = gathered.detach(), mine.grad
+    results["counts"] = distributed.gather_counts(10 + rank), distributed.rank(), distributed.world_size()
+    results["sum"] = distributed.sum_over_ranks(torch.tensor([1.0 + rank, 10.0]))
+    return results
+
+
+def run_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    torch.save(everything(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What each of two processes computed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(run_rank, (port, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("counts", REGION_COUNTS)
+def test_two_processes_equal_one_on_the_joined_batch(ranks, counts, config):
+    share, report, grads = model_step(joined_batch(REGION_COUNTS[counts]), CONFIGS[config])
+    parts = [rank["model", counts, config] for rank in ranks]
+    assert float(sum(part[0] for part in parts)) == pytest.approx(float(share), rel=1e-5)
+    for key in report:
+        if "loss" in key:
+            assert float(sum(part[1][key] for part in parts)) == pytest.approx(float(report[key]), rel=1e-4, abs=1e-6), key
+    for key in ("regions", "coverage"):
+        assert [part[1].get(key) for part in parts] == [report[key]] * WORLD
+    masked = [part[1]["masked_fraction"] for part in parts]
+    weights = torch.tensor([sum(REGION_COUNTS[counts][:2]), sum(REGION_COUNTS[counts][2:])]).float()
+    mean = float((torch.tensor(masked) * weights).sum() / weights.sum().clamp(min=1))
+    assert mean == pytest.approx(report["masked_fraction"], abs=1e-6)
+    for name, expected in grads.items():
+        parts_grad = [part[2][name] for part in parts]
+        assert all(grad is not None for grad in parts_grad), f"{name} has no gradient on a rank: its reduction would hang"
+        torch.testing.assert_close(sum(parts_grad), expected, rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("counts", ROW_COUNTS)
+def test_contrastive_shares_sum_to_the_loss_and_each_row_gets_its_gradient(ranks, counts):
+    expected = contrast(*rows(ROW_COUNTS[counts]))
+    parts = [rank["rows", counts] for rank in ranks]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], expected[0], rtol=1e-5, atol=1e-6)
+    for index in (1, 2):  # a and b: rows lie on their own rank
+        torch.testing.assert_close(torch.cat([part[index] for part in parts]), expected[index], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts[0][3] + parts[1][3], expected[3], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", ROW_COUNTS)
+def test_gather_keeps_rank_order_and_sums_the_gradients_of_all_users(ranks, counts):
+    total = sum(ROW_COUNTS[counts])
+    values = torch.arange(total).float()[:, None]
+    for rank in ranks:
+        assert torch.equal(rank["gather", counts][0], values)
+    # rank r uses (1 + r) * x**2: together 3 * x**2
+    assert torch.equal(torch.cat([rank["gather", counts][1] for rank in ranks]), 6 * values)
+
+
+def test_counts_ranks_and_sums(ranks):
+    assert [rank["counts"] for rank in ranks] == [([10, 11], 0, 2), ([10, 11], 1, 2)]
+    assert all(rank["sum"].tolist() == [3.0, 20.0] for rank in ranks)
+
+
+def test_one_process_needs_no_group():
+    assert not dist.is_initialized()
+    rows = torch.ones(3, 2, requires_grad=True)
+    assert distributed.gather_with_grad(rows, [3]) is rows and distributed.gather(rows, [3]) is rows
+    assert (distributed.rank(), distributed.world_size(), distributed.gather_counts(4)) == (0, 1, [4])
+    assert torch.equal(distributed.sum_over_ranks(rows), rows.detach())
