@@ -53,8 +53,8 @@ class ClocModel(CLIPModel):
 
     def __init__(self, config: ClocConfig):
         super().__init__(config)
-        self.prompter = Prompter(config)
-        self.text_prompter = None if config.prompter_shared else Prompter(config)
+        self.prompter = Prompter(config, texts=config.prompter_shared)
+        self.text_prompter = None if config.prompter_shared else Prompter(config, boxes=False)
         own = config.region_temperature == "own"
         self.region_logit_scale = nn.Parameter(self.logit_scale.detach().clone()) if own else None
         self.box_head = BoxHead(config)
@@ -87,7 +87,8 @@ class ClocModel(CLIPModel):
             init.normal_(module.fc2.weight, std=module.fc2.in_features**-0.5)
         elif isinstance(module, Prompter):
             init.normal_(module.projection.weight, std=width**-0.5)
-            init.normal_(module.text_input.weight, std=module.text_input.in_features**-0.5)
+            if module.text_input is not None:
+                init.normal_(module.text_input.weight, std=module.text_input.in_features**-0.5)
             if module.corner_embedding is not None:
                 init.normal_(module.corner_embedding, std=0.02)
         elif isinstance(module, BoxHead):

@@ -71,14 +71,17 @@ class PromptLayer(nn.Module):
 
 
 class Prompter(nn.Module):
-    """Box or text prompt -> region feature in the joint space."""
+    """Box or text prompt -> region feature in the joint space.
 
-    def __init__(self, config: ClocConfig):
+    boxes, texts: which prompts it will be given; the other kind's parameters are left out
+    """
+
+    def __init__(self, config: ClocConfig, boxes: bool = True, texts: bool = True):
         super().__init__()
         width, joint = config.vision_config.hidden_size, config.projection_dim
         self.config = config
-        self.corner_embedding = nn.Parameter(torch.zeros(2, width)) if config.box_corner_embedding else None
-        self.text_input = nn.Linear(joint, width)
+        self.corner_embedding = nn.Parameter(torch.zeros(2, width)) if boxes and config.box_corner_embedding else None
+        self.text_input = nn.Linear(joint, width) if texts else None
         self.layer = PromptLayer(config)
         self.layer_norm = nn.LayerNorm(width, eps=config.vision_config.layer_norm_eps)
         self.projection = nn.Linear(width, joint, bias=False)

@@ -110,7 +110,7 @@ def _result(runs: list[Run], rows: list[Row], pair: Pair) -> str:
             f'<td class="{mark}">{value}<small>{limits}</small></td></tr>'
         )
     titles = ("benchmark / split", pair.first, pair.second, pair.title)
-    head = "".join(f"<th>{escape(text).replace('_', '_<wbr>')}</th>" for text in titles)
+    head = "".join(f"<th>{escape(text)}</th>" for text in titles).replace("\N{MINUS SIGN} ", "\N{MINUS SIGN}<br>")
     plot = _image(report_plots.differences(rows, pair), f"differences {pair.title}")
     table = f'<div class="scroll"><table><tr>{head}</tr>\n' + "\n".join(lines) + "</table></div>"
     remarks = "".join(f'<p class="quiet">{escape(sentence)}</p>' for sentence in variants_compared(runs, pair))

@@ -67,7 +67,7 @@ def test_broken_shards_are_counted_and_listed(run, region_shards, tmp_path):
     status, lines = run(tmp_path, "--out", tmp_path / "p.png")
     problems = [line for line in lines if line.startswith("problem: ")]
     assert status == 1 and problems and all("00001.tar" in line for line in problems)
-    assert any("truncated at byte 3000" in line for line in problems)
+    assert any("3000" in line for line in problems)
     assert lines[-1].endswith(str(tmp_path / "p.png"))
 
 
