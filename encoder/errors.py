@@ -16,6 +16,6 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr, flush=True)
+        print("interrupted: the same command again goes on from what was saved", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(code or 0)

@@ -8,10 +8,13 @@ The same command again goes on from the last checkpoint.
 
 import argparse
 import os
+import sys
 
 # Read by transformers when it is imported: nothing here comes from a hub, and loading takes no progress bars.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "15")  # a log keeps every redraw of a progress bar
 
 from encoder.arguments import add_fields  # noqa: E402
 from encoder.errors import run_main  # noqa: E402

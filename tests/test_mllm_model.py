@@ -52,7 +52,7 @@ def test_it_is_a_stock_llava_around_the_given_tower(world, mllm):
     assert (config.image_seq_length, config.vision_feature_layer, config.vision_feature_select_strategy) == (25, -2, "default")
     assert config.image_token_id == mllm.tokenizer.convert_tokens_to_ids("<image>")
     assert not any(p.is_meta for p in mllm.model.parameters()) and not any(b.is_meta for b in mllm.model.buffers())
-    assert mllm.model.get_input_embeddings().weight.std() == pytest.approx(0.5, rel=0.05)
+    assert mllm.model.get_input_embeddings().weight.std().item() == pytest.approx(0.5, rel=0.05)
 
 
 def test_the_loss_is_llavas_written_out(world, mllm):
@@ -105,7 +105,7 @@ def test_fit_projector_centres_and_scales_whatever_the_features_are():
     fit_projector(projector, features, 0.5)
     with torch.no_grad():
         out = projector(features)
-    assert out.std() == pytest.approx(0.5, rel=0.02) and out.mean(0).abs().max() < 1e-3
+    assert out.std().item() == pytest.approx(0.5, rel=0.02) and out.mean(0).abs().max() < 1e-3
     with torch.no_grad():
         hidden = projector.linear_1(features)
         moved = [(projector.linear_1(features + scale * (torch.arange(24) == d)) - hidden).std() for d in range(24)]

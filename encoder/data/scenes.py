@@ -46,7 +46,7 @@ class SceneConfig:
     repeat_fraction: part of the scenes in which one name appears twice or three times
     max_hidden: largest part of an object's visible pixels that later objects may cover
     gradient_fraction: part of the scenes (without photographs) whose background is a gradient
-    expressions_per_object: most referring expressions drawn for an object
+    expressions_per_object: most referring expressions drawn for an object of a training scene; evaluations have one
     """
 
     long_side: int = 80

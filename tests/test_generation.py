@@ -1,0 +1,90 @@
+import pytest
+import torch
+from mllm_fixtures import recipe, write_clip, write_conversations
+from PIL import Image
+
+from encoder.errors import DataError
+from mllm import generation
+from mllm.checkpoint import save_mllm
+from mllm.config import MllmConfig
+from mllm.generation import GroundingModel
+from mllm.model import build_mllm
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """An MLLM with random weights and seven questions of many lengths on three pictures."""
+    folder = tmp_path_factory.mktemp("world")
+    write_conversations(folder, 3)
+    write_clip(folder / "clip")
+    mllm = build_mllm(MllmConfig(**recipe(folder)))
+    for name, parameter in mllm.model.named_parameters():
+        if "language_model.layers" in name and parameter.ndim > 1:
+            parameter.data *= 8  # answers then depend on question and picture
+    save_mllm(folder / "mllm", mllm.model, mllm.tokenizer, mllm.settings, torch.float32, None, mllm.sentencepiece_model)
+    pictures = [Image.open(path).convert("RGB") for path in sorted((folder / "images").glob("*.png"))]
+    questions = [
+        "Where is the red square?",
+        "What is <region>?",
+        "Where is the blue square on the left of the green square?",
+        "What is <region:0>?",
+        "Where?",
+        "Is <region> in <region>?",
+        "What is a square?",
+    ]
+    regions = [[], [(1, 2, 20, 30)], [], [(5, 5, 30, 30)], [], [(1, 1, 9, 9), (0, 0, 40, 40)], []]
+    images = [pictures[index % 3] for index in range(len(questions))]
+    return GroundingModel.from_pretrained(folder / "mllm"), images, questions, regions
+
+
+def test_answers_do_not_depend_on_the_batch(asked):
+    model, images, questions, regions = asked
+    alone = model.generate(images, questions, regions, batch_size=1, max_new_tokens=12, progress=False)
+    assert len(set(alone)) > 1 and all(alone)
+    for size in (2, 3, 64):
+        assert model.generate(images, questions, regions, batch_size=size, max_new_tokens=12, progress=False) == alone
+    backwards = model.generate(images[::-1], questions[::-1], regions[::-1], max_new_tokens=12, progress=False)
+    assert backwards[::-1] == alone
+
+
+def test_answers_are_stock_llavas_greedy_ones(asked):
+    """Marks widened by hand, no cache, one argmax at a time through the stock forward."""
+    model, images, questions, regions = asked
+    got = model.generate(images, questions, regions, max_new_tokens=8, progress=False)
+    for index in (0, 1, 2):
+        prompt = model._prompt_ids(images[index], questions[index], regions[index])
+        ids = [i for token in prompt for i in ([token] * 25 if token == model.image_token_id else [token])]
+        pixels, new = model.settings.image.pixels([images[index]]), []
+        with torch.no_grad():
+            while len(new) < 8 and (not new or new[-1] != model.tokenizer.eos_token_id):
+                logits = model.model(input_ids=torch.tensor([ids + new]), pixel_values=pixels).logits
+                new.append(int(logits[0, -1].argmax()))
+        assert got[index] == model.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_picture_is_seen_once_and_few_are_kept(asked, monkeypatch):
+    model, images, questions, regions = asked
+    seen = []
+    real = model.model.get_image_features
+    monkeypatch.setattr(model.model, "get_image_features", lambda pixels: seen.append(len(pixels)) or real(pixels))
+    alone = model.generate(images, questions, regions, batch_size=2, max_new_tokens=2, progress=False)
+    assert sum(seen) == 3
+    monkeypatch.setattr(generation, "FEATURE_BYTES", 1)  # room for the batch's own only
+    assert model.generate(images, questions, regions, batch_size=2, max_new_tokens=2, progress=False) == alone
+    assert sum(seen) > 6
+
+
+def test_boxes_come_back_in_pixels_of_the_picture(asked):
+    model = asked[0]
+    box, reason = model.decode_box("[250, 375, 750, 625]", (80, 40))  # padded: the picture is the middle half
+    assert reason is None
+    assert box == pytest.approx((20.04, 10.04, 60.04, 30.04), abs=0.01)
+    assert model.decode_box("red square", (80, 40)) == (None, "no box of the form [000, 000, 999, 999]")
+    assert model.decode_box("[100, 000, 300, 100]", (80, 40)) == (None, "the box lies in the padding, outside the picture")
+
+
+def test_a_question_without_its_box_is_refused(asked):
+    model, images, _, _ = asked
+    with pytest.raises(DataError, match="<region:0>, but 0 boxes"):
+        model.generate(images[:1], ["What is <region>?"], [[]], progress=False)
+    assert model.generate([], [], [], progress=False) == []
