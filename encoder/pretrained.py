@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
@@ -25,7 +26,10 @@ def folder_kind(folder: str | Path) -> str:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise DataError(f"{path} does not exist; give the folder of a saved CLOC or CLIP model")
-    kind = json.loads(path.read_text()).get("model_type")
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); copy or save the folder again") from error
     if kind not in ("cloc", "clip", "clip_vision_model"):
         raise DataError(f"{path}: model_type is '{kind}'; a folder of a CLOC, CLIP or CLIP vision model is needed")
     return kind
@@ -33,7 +37,10 @@ def folder_kind(folder: str | Path) -> str:
 
 def _load_strict(cls, folder, **kwargs):
     """`from_pretrained` that names missing or unfitting parameters in place of drawing them at random."""
-    model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+    try:
+        model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except (OSError, SafetensorError) as error:  # no weights, or not whole
+        raise DataError(f"{folder}: the weights cannot be read ({error}); copy or save the folder again") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             names = ", ".join(sorted(str(key) for key in info[problem])[:5])

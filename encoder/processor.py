@@ -61,12 +61,18 @@ class ClocProcessor(ProcessorMixin):
         self.lowercase = lowercase
         super().__init__(image_processor, tokenizer)
 
+    def check_argument_for_proper_class(self, argument_name, argument):
+        """As in transformers, but a part may be None: the folder of a vision tower alone has no tokenizer."""
+        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
     def images(self, images: list[Image.Image]) -> tuple[BatchFeature, list[Geometry]]:
         """Pictures -> {"pixel_values": (B, 3, S, S)} and the geometry of each."""
         return self.image_processor(images), [self.image_processor.geometry_of(image) for image in images]
 
     def texts(self, texts: list[str]) -> BatchFeature:
         """Texts -> {"input_ids", "attention_mask"}: (T, L), padded to the longest, cut to the tokenizer's maximum."""
+        if self.tokenizer is None:
+            raise DataError("this processor has no tokenizer, it is of a vision tower alone; load the whole CLIP or CLOC folder")
         texts = [text.lower() for text in texts] if self.lowercase else list(texts)
         if not texts:
             empty = torch.zeros(0, 1, dtype=torch.long)

@@ -1,0 +1,70 @@
+"""Two DeepSpeed processes against one plain process on the joined batch, text-only conversations among them."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mllm_fixtures import recipe, write_clip, write_conversations
+
+from mllm.checkpoint import load_mllm
+
+ROOT = Path(__file__).parents[1]
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    # A third of the conversations has no picture: with two per process, some process often has none at all.
+    write_conversations(folder, 8, text_only=4)
+    write_clip(folder / "clip")
+    return folder
+
+
+def launch(folder: Path, name: str, command: list[str], **fields) -> tuple[list[float], list[float]]:
+    """Runs the script and returns the loss and gradient norm of each step, as its log lines say them."""
+    values = recipe(folder, output=str(folder / name), max_steps=STEPS, save_every=0, precision="bf16", warmup=0.0, **fields)
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command, "scripts/finetune_mllm.py", str(folder / f"{name}.yaml")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    lines = re.findall(r"^step \d+/\d+  loss (\S+)  lr \S+  grad norm (\S+)", done.stdout, re.MULTILINE)
+    return [float(loss) for loss, _ in lines], [float(norm) for _, norm in lines]
+
+
+def deepspeed_command() -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+
+
+@pytest.fixture(scope="module")
+def one_process(world):
+    return launch(world, "one", [sys.executable], batch_size=4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_give_the_loss_curve_of_one(world, one_process, stage):
+    """Each loss is over all processes' supervised tokens: a mean of the processes' means would be off where text is short."""
+    name = f"zero{stage}"
+    losses, norms = launch(world, name, deepspeed_command(), batch_size=2, zero=f"scripts/deepspeed/zero{stage}.json")
+    assert len(losses) == STEPS
+    torch.testing.assert_close(losses, one_process[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(norms, one_process[1], rtol=0.05, atol=0.02)
+    one, two = (load_mllm(world / folder)[0].state_dict() for folder in ("one", name))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0.02, atol=0.01, msg=lambda text, key=key: f"{key}: {text}")
