@@ -145,6 +145,10 @@ def export_clip(model: ClocModel | CLIPModel, folder: str | Path, processor: Clo
     _write(Path(folder), clip_config, {**state, **_vision_state(model)})
     if processor is not None:
         processor.tokenizer.save_pretrained(folder)
+        # A tokenizer remembers the processor it was saved with, and AutoProcessor would look for ours.
+        path = Path(folder) / "tokenizer_config.json"
+        settings = {**json.loads(path.read_text()), "processor_class": "CLIPProcessor"}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         _write_preprocessor(processor, Path(folder))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from encoder import ClocModel, ClocProcessor
 from encoder.config import tiny
@@ -169,8 +169,10 @@ def test_processors_of_every_kind_of_folder(tiny_model, tiny_processor, tiny_fol
     assert torch.equal(ids, tiny_processor.texts(["small red square"])["input_ids"])
     with pytest.raises(DataError, match="has no tokenizer, it is of a vision tower alone"):
         load_processor(tmp_path / "vision").texts(["red"])
-    stock = AutoProcessor.from_pretrained(tmp_path / "clip")(images=image, return_tensors="pt")
-    assert stock["pixel_values"].shape == (1, 3, 32, 32)
+    stock = AutoProcessor.from_pretrained(tmp_path / "clip")
+    assert type(stock) is CLIPProcessor
+    both = stock(images=image, text=["small red square"], return_tensors="pt")
+    assert both["pixel_values"].shape == (1, 3, 32, 32) and torch.equal(both["input_ids"], ids)
 
 
 @torch.no_grad()
