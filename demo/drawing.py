@@ -1,4 +1,4 @@
-"""The picture of the chat: read from an upload or an example, marked with numbered boxes, and drawn with them in their colours."""
+"""The picture of the chat: from an upload or an example, marked with numbered boxes, drawn with them in their colours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ MAX_PIXELS = 50_000_000  # of an uploaded picture
 KEPT_SIDE = 1536  # pixels; a longer picture is reduced to this, more than any tower sees
 MAX_CLICKED = 30  # boxes
 NUM_EXAMPLES = 4
+NO_PICTURE = "There is no picture; put one in, or take one of the examples."
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -61,14 +62,14 @@ def draw_examples() -> list[tuple[Image.Image, str]]:
 
 @dataclass
 class Board:
-    """A picture and the numbered boxes on it.
+    """A picture and the numbered boxes on it. `click` and `undo` return the sentence that tells the visitor what happened.
 
-    picture: RGB; boxes: number (from 1) -> xyxy in pixels of `picture`, every one that can be spoken of
+    picture: RGB, or None before there is one; boxes: number (from 1) -> xyxy in pixels of `picture`, all that can be named
     clicked: numbers of those that the visitor drew; shown: numbers of those on the picture now
     corner: first corner of a box that is being drawn, x, y in pixels of `picture`; count: numbers given, none twice
     """
 
-    picture: Image.Image
+    picture: Image.Image | None = None
     boxes: dict[int, Box] = field(default_factory=dict)
     clicked: list[int] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
@@ -82,44 +83,50 @@ class Board:
         self.shown.append(self.count)
         return self.count
 
-    def click(self, x: float, y: float) -> int | None:
-        """A click at x, y in pixels of the drawn picture: a box's first corner (None), or its second (the box's number).
-
-        DataError for two clicks that enclose less than a pixel, and for a box too many.
-        """
+    def click(self, x: float, y: float) -> str:
+        """A click at x, y in pixels of the drawn picture: a box's first corner, or its second, which completes the box."""
+        if self.picture is None:
+            return NO_PICTURE
+        if len(self.clicked) >= MAX_CLICKED:
+            return f"{MAX_CLICKED} boxes are drawn, which is all there may be; undo one first."
         scale, (width, height) = shown_scale(self.picture.size), self.picture.size
         x, y = min(max(x / scale, 0.0), float(width)), min(max(y / scale, 0.0), float(height))
-        if len(self.clicked) >= MAX_CLICKED:
-            raise DataError(f"{MAX_CLICKED} boxes are drawn, which is all there may be; undo one first.")
         if self.corner is None:
             self.corner = (x, y)
-            return None
+            return "Now click the opposite corner."
         (x1, x2), (y1, y2) = sorted((self.corner[0], x)), sorted((self.corner[1], y))
         self.corner = None
         if x2 - x1 < 1 or y2 - y1 < 1:
-            raise DataError("These two clicks enclose nothing; click two corners that lie apart.")
+            return "These two clicks enclose nothing; click two corners that lie apart."
         self.clicked.append(self.add((x1, y1, x2, y2)))
-        return self.clicked[-1]
+        return f"This is box [{self.count}]; name it in a question by its number."
 
-    def undo(self) -> int | None:
-        """Takes back the first corner (None) or else the box that was drawn last (its number); DataError without either."""
+    def undo(self) -> str:
+        """Takes back the first corner, or else the box that the visitor drew last."""
         if self.corner is not None:
             self.corner = None
-            return None
+            return "The first corner is gone."
         if not self.clicked:
-            raise DataError("There is no box of yours to take back; click two corners on the picture to draw one.")
+            return "There is no box of yours to take back; click two corners on the picture to draw one."
         number = self.clicked.pop()
         del self.boxes[number]
         self.shown = [other for other in self.shown if other != number]
-        return number
+        return f"Box [{number}] is gone."
 
-    def drawn(self) -> Image.Image:
+    def drawn(self) -> Image.Image | None:
+        if self.picture is None:
+            return None
         return draw_boxes(self.picture, {number: self.boxes[number] for number in self.shown}, self.corner)
 
 
 def colour(number: int) -> str:
     """The colour "#rrggbb" of box `number`, counted from 1; they repeat after the last."""
     return COLOURS[(number - 1) % len(COLOURS)]
+
+
+def coloured(number: int, words: str = "") -> str:
+    """HTML: the box's number, and words (HTML) about it, in the box's colour."""
+    return f'<span class="box" style="background-color: {colour(number)}">{f"[{number}] {words}".strip()}</span>'
 
 
 def shown_scale(size: tuple[int, int]) -> float:

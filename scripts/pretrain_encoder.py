@@ -100,12 +100,9 @@ def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, conf
             print(f"done: {config.steps} steps, the {config.objective} encoder is in {folder}", flush=True)
 
 
-def main() -> None:
-    config, loss_config = parse_arguments()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
+def train(config: PretrainConfig, loss_config: LossConfig) -> None:
+    """One run, from the shards to the saved model, in the process group that is there."""
     dataset = RegionDataset(config.shards)
-    start_process_group()
     model, processor = make_model(config, dataset)
     if config.objective == "clip":
         # Same initial towers as the method's; the Prompter takes no part and is not saved.
@@ -123,6 +120,14 @@ def main() -> None:
     )
     engine = pretrain(model, processor, batches, config, loss_config)
     save_final(engine, processor, config, loss_config)
+
+
+def main() -> None:
+    config, loss_config = parse_arguments()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    start_process_group()
+    train(config, loss_config)
     torch.distributed.destroy_process_group()
 
 
