@@ -183,33 +183,36 @@ def build_page(model: GroundingModel):
         return view(session)
 
     def on_ask(session: Session, question: str) -> Iterator[tuple]:
-        return (view(session) for _ in ask(session, question, model))
+        for _ in ask(session, question, model):
+            yield view(session)
 
     with gr.Blocks(title="Open CLOC", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(TITLE)
         state, (_, shown, _, line, text) = gr.State(first, time_to_live=3600), view(first)
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
-                    shown, sources=["upload", "clipboard"], show_label=False, height=480, elem_id="picture", buttons=[]
-                )
+                picture = gr.Image(shown, sources=["upload", "clipboard"], show_label=False, height=440, elem_id="picture")
                 # Gradio would decode an upload itself and fail in its own words; its check of where the file lies stays.
                 picture.preprocess = lambda payload: payload and payload.path
                 status = gr.HTML(line)
                 with gr.Row():
                     undo, restart = gr.Button("Undo box"), gr.Button("Clear chat and boxes")
-                small = [image.resize((3 * image.width, 3 * image.height)) for image, _ in examples]
-                gallery = gr.Gallery(small, label="Examples", columns=4, height=180, allow_preview=False, buttons=[])
             with gr.Column():
-                chat = gr.Chatbot(height=480, show_label=False, latex_delimiters=[], buttons=[], feedback_options=None)
-                question = gr.Textbox(text, label="Question", max_length=MAX_QUESTION, submit_btn="Ask")
+                chat = gr.Chatbot(height=440, show_label=False, latex_delimiters=[], buttons=[], feedback_options=None)
+                with gr.Row(equal_height=True):
+                    question = gr.Textbox(text, show_label=False, placeholder="Where is ...?", max_length=MAX_QUESTION, scale=5)
+                    send = gr.Button("Ask", variant="primary", min_width=80)
+                gallery = gr.Gallery(
+                    [image.resize((3 * image.width, 3 * image.height)) for image, _ in examples],
+                    label="Examples", columns=4, height=160, allow_preview=False, buttons=[], elem_id="examples",
+                )  # fmt: skip
         options = {"outputs": [state, picture, chat, status, question], "api_visibility": "private", "show_progress": "hidden"}
-        picture.input(on_put, [state, picture], **options)
+        gr.on([picture.input, picture.clear], on_put, [state, picture], **options)
         picture.select(on_click, [state, question], **options)
         gallery.select(on_example, [state], **options)
         undo.click(on_undo, [state, question], **options)
         restart.click(on_restart, [state], **options)
-        question.submit(on_ask, [state, question], **options)
+        gr.on([question.submit, send.click], on_ask, [state, question], **options)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 

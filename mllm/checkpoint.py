@@ -80,7 +80,9 @@ def load_mllm(
     )
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
-        raise DataError(f"{folder}: {len(wrong)} parameters are missing or of another size ({', '.join(wrong[:3])}); save it again")
+        raise DataError(
+            f"{folder}: {len(wrong)} parameters are missing or of another size ({', '.join(wrong[:3])}); save it again"
+        )
     found = weights_hash(model.model.vision_tower)
     if found != settings.tower_hash:
         raise DataError(

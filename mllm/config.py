@@ -165,9 +165,7 @@ class MllmConfig:
         starts = {"tower": self.tower, "llm": self.llm, "llm_preset": self.llm_preset, "projector": self.projector}
         given = [name for name, value in starts.items() if value]
         if self.model and given:
-            raise DataError(
-                f"model and {given[0]} are both given, but an MLLM folder brings its own; drop one of the two"
-            )
+            raise DataError(f"model and {given[0]} are both given, but an MLLM folder brings its own; drop one of the two")
         if not self.model:
             if not self.tower:
                 raise DataError("neither model nor tower is given; name an MLLM folder, or a tower with an llm")

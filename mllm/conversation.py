@@ -123,20 +123,15 @@ def tokenize(
     pictures: whether it has a picture, which is one mark here and `num_image_tokens` tokens in the model
     max_length: tokens, picture's included, after which a conversation is cut
     """
-    encoded = tokenizer.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    encoded = tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     rows = []
-    for name, picture, ids, mask in zip(
-        names, pictures, encoded["input_ids"], encoded["assistant_masks"], strict=True
-    ):
+    for name, picture, ids, mask in zip(names, pictures, encoded["input_ids"], encoded["assistant_masks"], strict=True):
         limit = max_length - (num_image_tokens - 1) * picture
         cut = len(ids) > limit
         ids, mask = np.asarray(ids[:limit], np.int32), np.asarray(mask[:limit], bool)
         if not mask.any():
             raise DataError(
-                f"{name} has no supervised token within {max_length} tokens; "
-                "give it a gpt turn with text, or raise max_length"
+                f"{name} has no supervised token within {max_length} tokens; give it a gpt turn with text, or raise max_length"
             )
         rows.append((ids, mask, cut))
     return rows

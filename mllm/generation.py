@@ -51,8 +51,7 @@ class GroundingModel:
         """
         regions = regions if regions is not None else [[] for _ in questions]
         prompts = [
-            self._prompt_ids(image, question, boxes)
-            for image, question, boxes in zip(images, questions, regions, strict=True)
+            self._prompt_ids(image, question, boxes) for image, question, boxes in zip(images, questions, regions, strict=True)
         ]
         # Prompts of one length lie side by side, and questions on one picture too: little padding, few tower calls.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), id(images[i]), i))

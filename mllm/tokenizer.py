@@ -57,9 +57,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(
-            f"sentencepiece cannot train {vocab_size} pieces ({error}); choose another vocab_size"
-        ) from error
+        raise DataError(f"sentencepiece cannot train {vocab_size} pieces ({error}); choose another vocab_size") from error
     return model.getvalue()
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
+import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,10 +36,10 @@ DEFAULT_ZERO = {
 }
 
 
-def train(config: MllmConfig, deepspeed: bool = False) -> Path:
+def train(config: MllmConfig, launched: bool = False) -> Path:
     """Runs a recipe and returns the finished folder. The same command again goes on from the last checkpoint.
 
-    deepspeed: launched with `deepspeed`; ZeRO-2 is then used where the recipe names no ZeRO file
+    launched: with `deepspeed`; ZeRO-2 is then used where the recipe names no ZeRO file
     """
     _start_processes()
     output = Path(config.output)
@@ -46,7 +47,7 @@ def train(config: MllmConfig, deepspeed: bool = False) -> Path:
     if (output / SETTINGS_FILE).is_file():
         _say(f"{output} is finished; nothing to do")
         return output
-    zero = _zero_config(config, deepspeed)
+    zero = _zero_config(config, launched)
     mllm = build_mllm(config, torch.bfloat16 if zero and config.precision == "bf16" and not config.llm_preset else torch.float32)
     dataset, val_dataset = (_dataset(config, mllm, files) for files in (config.data, config.val_data))
     freeze(mllm.model, config.trains, getattr(torch, config.save_dtype))
@@ -63,8 +64,15 @@ def train(config: MllmConfig, deepspeed: bool = False) -> Path:
 
 def _start_processes() -> None:
     """Joins the launcher's processes, on GPUs where there are any; nothing to do for a single process."""
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        # DeepSpeed would compile a shared-memory operator first: minutes, and a build that is interrupted leaves a lock
+        # file on which every later run waits for ever. Gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
 
 
 def _say(text: str) -> None:
@@ -88,9 +96,9 @@ def _prepare_output(config: MllmConfig, output: Path) -> Path | None:
     return checkpoint
 
 
-def _zero_config(config: MllmConfig, deepspeed: bool) -> dict | None:
+def _zero_config(config: MllmConfig, launched: bool) -> dict | None:
     if config.zero is None:
-        return DEFAULT_ZERO if deepspeed else None
+        return DEFAULT_ZERO if launched else None
     path = Path(config.zero)
     if not path.is_file():
         raise DataError(f"ZeRO file {path} does not exist; see scripts/deepspeed for those that do")

@@ -35,7 +35,7 @@ def main() -> None:
     from mllm.training import train
 
     disable_progress_bar()
-    train(config, deepspeed=local_rank is not None)
+    train(config, launched=local_rank is not None)
 
 
 if __name__ == "__main__":

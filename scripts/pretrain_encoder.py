@@ -18,11 +18,11 @@ from pathlib import Path
 import deepspeed
 import torch
 import transformers
-from encoder.data.reader import RegionDataset
 
 from encoder.arguments import add_fields, build, read_recipe
 from encoder.config import PRESETS
 from encoder.data.batches import RegionBatches
+from encoder.data.reader import RegionDataset
 from encoder.distributed import rank, world_size
 from encoder.errors import DataError, run_main
 from encoder.losses import LossConfig
@@ -100,9 +100,8 @@ def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, conf
             print(f"done: {config.steps} steps, the {config.objective} encoder is in {folder}", flush=True)
 
 
-def train(config: PretrainConfig, loss_config: LossConfig) -> None:
-    """One run, from the shards to the saved model, in the process group that is there."""
-    dataset = RegionDataset(config.shards)
+def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfig) -> None:
+    """One run, from the records to the saved model, in the process group that is there."""
     model, processor = make_model(config, dataset)
     if config.objective == "clip":
         # Same initial towers as the method's; the Prompter takes no part and is not saved.
@@ -126,8 +125,9 @@ def main() -> None:
     config, loss_config = parse_arguments()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
+    dataset = RegionDataset(config.shards)
     start_process_group()
-    train(config, loss_config)
+    train(dataset, config, loss_config)
     torch.distributed.destroy_process_group()
 
 

@@ -38,7 +38,9 @@ def paint_record(index: int) -> tuple[Image.Image, dict]:
         left, top = int(random.integers(0, width - w)), int(random.integers(0, height - h))
         pixels[top : top + h, left : left + w] = COLOURS[colour]
         name = f"{colour} {shape}"
-        regions.append({"box": [left, top, left + w, top + h], "phrases": [name, f"small {name}"], "score": 1.0, "source": "test"})
+        regions.append(
+            {"box": [left, top, left + w, top + h], "phrases": [name, f"small {name}"], "score": 1.0, "source": "test"}
+        )
     names = [region["phrases"][0] for region in regions]
     captions = [f"a picture of {' and '.join(names)}" if names else f"an empty grey wall {index}", f"Picture number {index}"]
     image = f"{index:06d}.png"

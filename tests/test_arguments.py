@@ -57,7 +57,9 @@ def test_flags_are_typed_and_absent_where_not_given():
     assert parse("--other_rate", "2")["other_rate"] == 2.0
 
 
-@pytest.mark.parametrize("flags", [["--steps", "ten"], ["--steps", "1.5"], ["--wide", "yes"], ["--rate", "fast"], ["--stepz", "1"]])
+@pytest.mark.parametrize(
+    "flags", [["--steps", "ten"], ["--steps", "1.5"], ["--wide", "yes"], ["--rate", "fast"], ["--stepz", "1"]]
+)
 def test_bad_flags_exit_with_usage(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*flags)

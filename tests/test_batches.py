@@ -52,13 +52,12 @@ def test_equal_to_reading_the_records_by_hand(make, dataset, tiny_processor, dec
             image, record = dataset[index]
             inputs, (geometry,) = tiny_processor.images([image])
             assert checksum == pytest.approx(inputs["pixel_values"].sum().item(), rel=1e-5)
-            assert caption in {text.lower() for text in record.captions}
+            assert any(text.lower().startswith(caption) for text in record.captions)  # cut at the tokenizer's maximum
             known = {
                 tuple(geometry.boxes_to_model(torch.tensor(region.box)).tolist()): region.phrases for region in record.regions
             }
-            assert len(regions) == min(4, len(record.regions)) == len({box for box, _ in regions}) or len(known) < len(
-                record.regions
-            )
+            assert len(known) == len(record.regions)
+            assert len(regions) == len({box for box, _ in regions}) == min(4, len(record.regions))
             assert all(text in known[box] for box, text in regions)
 
 

@@ -87,7 +87,7 @@ def test_round_trip_through_autoconfig(tmp_path):
         ({"region_temperature": "none"}, "region_temperature is 'none'"),
         ({"position_init": "learned"}, "position_init is 'learned'"),
         ({"geometry": "center_crop"}, "geometry is 'center_crop'; choose one of pad, squash"),
-        ({"box_min_frequency": 8.0, "box_max_frequency": 4.0}, "box_min_frequency 8.0 must lie between 0 and box_max_frequency 4.0"),
+        ({"box_min_frequency": 8.0, "box_max_frequency": 4.0}, "8.0 must lie between 0 and box_max_frequency 4.0"),
         ({"box_min_frequency": 0.0}, "box_min_frequency 0.0 must lie between"),
         ({"vision_config": {"hidden_size": 30, "num_attention_heads": 2}}, "hidden_size is 30; box corners need a multiple of 4"),
     ],

@@ -81,9 +81,7 @@ def test_the_mask_is_exactly_the_assistants_text_and_its_end(tokenizer, template
 def test_a_prompt_is_the_beginning_of_the_training_text(tokenizer):
     messages = messages_of(RECORD, GEOMETRY, BoxCodec())
     ((ids, mask, _),) = tokenize(tokenizer, [messages[:2]], ["a"], [True], 25, 256)
-    prompt = tokenizer.apply_chat_template(
-        messages[:1], add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     assert prompt == ids[: int(np.argmax(mask))].tolist()
 
 

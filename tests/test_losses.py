@@ -25,9 +25,7 @@ def naive_contrastive(a, b, scale, threshold=None):
     count, total, masked = len(a), 0.0, 0
     for i in range(count):
         keep = [
-            j
-            for j in range(count)
-            if i == j or threshold is None or float(cosine(b[i].detach(), b[j].detach())) <= threshold
+            j for j in range(count) if i == j or threshold is None or float(cosine(b[i].detach(), b[j].detach())) <= threshold
         ]
         masked += count - len(keep)
         to_text = torch.stack([scale * cosine(a[i], b[j]) for j in keep])

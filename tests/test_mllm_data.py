@@ -25,9 +25,7 @@ def world(tmp_path_factory):
     path = write_conversations(folder, 6, text_only=2)
     tokenizer = fast_tokenizer(train_sentencepiece(texts_of(path), 360), 256)
     choose_template(tokenizer, "auto")
-    dataset = ConversationDataset(
-        [path], folder / "images", tokenizer, IMAGE, BoxCodec(), NUM_TOKENS, 256, progress=False
-    )
+    dataset = ConversationDataset([path], folder / "images", tokenizer, IMAGE, BoxCodec(), NUM_TOKENS, 256, progress=False)
     return folder, path, tokenizer, dataset
 
 

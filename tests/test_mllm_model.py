@@ -37,9 +37,7 @@ def mllm(world):
 @pytest.fixture(scope="module")
 def saved(world):
     mllm = build_mllm(MllmConfig(**recipe(world)))
-    save_mllm(
-        world / "saved", mllm.model, mllm.tokenizer, mllm.settings, torch.bfloat16, None, mllm.sentencepiece_model
-    )
+    save_mllm(world / "saved", mllm.model, mllm.tokenizer, mllm.settings, torch.bfloat16, None, mllm.sentencepiece_model)
     return world / "saved"
 
 
@@ -191,7 +189,9 @@ def test_a_projector_of_another_size_is_refused(world, saved):
         build_mllm(MllmConfig(**recipe(world, llm_width=64, projector=str(saved))))
     built = build_mllm(MllmConfig(**recipe(world, projector=str(saved))))
     stock, _, _ = load_mllm(saved)
-    for a, b in zip(built.model.model.multi_modal_projector.parameters(), stock.model.multi_modal_projector.parameters(), strict=True):
+    for a, b in zip(
+        built.model.model.multi_modal_projector.parameters(), stock.model.multi_modal_projector.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
     with pytest.raises(DataError, match="holds no Llava projector"):
         build_mllm(MllmConfig(**recipe(world, projector=str(world / "clip"))))

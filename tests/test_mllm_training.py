@@ -148,7 +148,13 @@ def test_a_batch_without_pictures_still_reaches_tower_and_projector(world):
 
 
 def test_finetuning_goes_on_from_a_folder(world, uninterrupted):
-    fields = recipe(world, output=str(world / "more"), model=str(uninterrupted), train=["projector"], data=[str(world / "conversations_1.json")])
+    fields = recipe(
+        world,
+        output=str(world / "more"),
+        model=str(uninterrupted),
+        train=["projector"],
+        data=[str(world / "conversations_1.json")],
+    )
     more = train(MllmConfig(**fields))
     before, after = weights(uninterrupted), weights(more)
     changed = {name for name in before if not torch.equal(before[name], after[name])}

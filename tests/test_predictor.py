@@ -105,7 +105,8 @@ def test_from_pretrained(tiny_folder, picture):
 
 
 def test_bad_input_is_one_sentence(predictor, picture, tmp_path):
-    for use in (lambda: predictor.embed_boxes(BOXES), lambda: predictor.ground(["red square"]), lambda: predictor.image_embedding):
+    uses = (lambda: predictor.embed_boxes(BOXES), lambda: predictor.ground(["red"]), lambda: predictor.image_embedding)
+    for use in uses:
         with pytest.raises(DataError, match=r"no image is set; call set_image\(image\) first"):
             use()
     with pytest.raises(DataError, match="set_image was given a str"):

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionModel,
+)
 
 from encoder import ClocModel, ClocProcessor
 from encoder.config import tiny
@@ -82,8 +91,8 @@ def test_export_clip_is_stock_and_bit_equal(tiny_model, tiny_processor, pixels, 
         assert torch.equal(model.encode_image(pixels).feat, loaded.visual_projection(loaded.vision_model(pixels).pooler_output))
         assert torch.equal(model.encode_text(**texts), loaded.text_projection(loaded.text_model(**texts).pooler_output))
         assert torch.equal(model.logit_scale, loaded.logit_scale)
-        for ours, theirs in zip(hidden_states(model.vision_model, pixels), hidden_states(loaded.vision_model, pixels), strict=True):
-            assert torch.equal(ours, theirs)
+        states = (hidden_states(clip.vision_model, pixels) for clip in (model, loaded))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*states, strict=True))
     assert type(AutoModel.from_pretrained(tmp_path)) is CLIPModel
 
 
