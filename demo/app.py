@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError
 
-from demo.drawing import NO_PICTURE, Board, coloured, draw_examples, open_picture
+from demo.drawing import NO_PICTURE, Board, coloured, coloured_names, draw_examples, open_picture
 from encoder.data.prompts import REFERRING_QUESTION
 from encoder.errors import DataError, run_main
 from mllm.conversation import IMAGE, PLACEHOLDER
@@ -29,15 +29,15 @@ MAX_QUESTION = 400  # characters
 MAX_ANSWER = 128  # tokens
 QUEUE, SESSIONS = 16, 64  # events that may wait, visitors whose chat is kept
 
-NAMED = re.compile(r"\[(\d{1,4})\]")  # a box's number in a question
-BRACKETS = re.compile(r"\[[^\[\]]*\]")  # what may be a box in an answer
+BRACKETS = re.compile(r"\[[\d,.\s-]+\]")  # what may be a box in an answer
 WELCOME = "Ask where something is, or click two corners on the picture to draw a box."
 TITLE = """# A box on the picture is part of the sentence
 Ask **where** something is: the answer's box is drawn on the picture, in the colour of its words. Ask about a **place**:
 click two opposite corners on the picture and name the box by its number, as in *What is [1]?*"""
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-#picture img { cursor: crosshair; }
+.column, .block { min-width: 0 !important; }
+#picture img { cursor: crosshair; max-width: 100%; }
 .box { color: white; border-radius: 4px; padding: 1px 6px; font-variant-numeric: tabular-nums; white-space: nowrap; }
 """
 
@@ -56,7 +56,7 @@ class Session:
     question: str = ""
     suggestion: str = ""
 
-    def start(self, picture: Image.Image | None, suggestion: str = "") -> None:
+    def start(self, picture: Image.Image | None = None, suggestion: str = "") -> None:
         """An empty chat about a picture (RGB), or about none yet; `suggestion` is put into the question box."""
         status = NO_PICTURE if picture is None else WELCOME
         self.__init__(Board(picture), status=status, question=suggestion, suggestion=suggestion)
@@ -64,21 +64,25 @@ class Session:
     def say(self, role: str, words: str) -> None:
         self.turns.append({"role": role, "content": f'<div dir="auto">{words}</div>'})  # no Markdown in a block of HTML
 
+    def put(self, path: str) -> None:
+        """A new chat about the uploaded file; one that is no picture leaves the chat as it was."""
+        try:
+            self.start(open_picture(path))
+        except DataError as error:
+            self.status = str(error)
 
-def put(session: Session, path: str | None) -> None:
-    """A new chat about the uploaded file; one that is no picture leaves the chat as it was."""
-    try:
-        session.start(None if path is None else open_picture(path))
-    except DataError as error:
-        session.status = str(error)
+    def click(self, question: str, x: float, y: float) -> None:
+        """A click at x, y in pixels of the drawn picture; a box it completes is asked about, unless `question` is their own."""
+        count = self.board.count
+        self.question, self.status = question, self.board.click(x, y)
+        if self.board.count > count and question.strip() in ("", self.suggestion):
+            self.question = self.suggestion = REFERRING_QUESTION.format(f"[{self.board.count}]")
 
+    def undo(self, question: str) -> None:
+        self.question, self.status = question, self.board.undo()
 
-def click(session: Session, question: str, x: float, y: float) -> None:
-    """A click at x, y in pixels of the drawn picture; a box it completes is asked about, unless `question` is the visitor's."""
-    count = session.board.count
-    session.question, session.status = question, session.board.click(x, y)
-    if session.board.count > count and question.strip() in ("", session.suggestion):
-        session.question = session.suggestion = REFERRING_QUESTION.format(f"[{session.board.count}]")
+    def clear(self) -> None:
+        self.start(self.board.picture)
 
 
 def ask(session: Session, question: str, model: GroundingModel) -> Iterator[None]:
@@ -87,7 +91,7 @@ def ask(session: Session, question: str, model: GroundingModel) -> Iterator[None
     session.question, board = question, session.board
     try:
         text, numbers = read_question(board, question, model)
-        session.say("user", NAMED.sub(lambda match: coloured(int(match[1])), html.escape(question)))
+        session.say("user", coloured_names(question))
         board.shown, board.corner = sorted({*board.clicked, *numbers}), None
         session.question, session.status = "", "The model is answering."
         boxes = [board.boxes[number] for number in numbers]
@@ -103,47 +107,39 @@ def ask(session: Session, question: str, model: GroundingModel) -> Iterator[None
 
 def read_question(board: Board, question: str, model: GroundingModel) -> tuple[str, list[int]]:
     """A visitor's words -> the model's, with `<region:i>` for each box named, and the numbers of these boxes."""
-    if board.picture is None:
-        raise DataError(NO_PICTURE)
-    if not question:
-        raise DataError("The question is empty; write one.")
+    if board.picture is None or not question:
+        raise DataError(NO_PICTURE if board.picture is None else "The question is empty; write one.")
     if len(question) > MAX_QUESTION:
         raise DataError(f"The question has {len(question)} characters; ask in at most {MAX_QUESTION}.")
-    marks = [IMAGE, "<region>", *model.tokenizer.all_special_tokens, *(match[0] for match in PLACEHOLDER.finditer(question))]
-    for mark in marks:
+    placeholders = [match[0] for match in PLACEHOLDER.finditer(question)]
+    for mark in [IMAGE, "<region>", *model.tokenizer.all_special_tokens, *placeholders]:
         if mark in question:
             raise DataError(f"The question holds {mark}, which is a mark of the model's own; leave it out.")
-    numbers = list(dict.fromkeys(int(match[1]) for match in NAMED.finditer(question)))
-    for number in numbers:
-        if number not in board.boxes:
-            raise DataError(f"There is no box [{number}]; click two corners on the picture to draw one.")
-    return NAMED.sub(lambda match: f"<region:{numbers.index(int(match[1]))}>", question), numbers
+    return board.read(question)
 
 
 def hear(session: Session, answer: str, model: GroundingModel) -> None:
     """An answer goes into the chat, each box in it onto the picture and into its colour; what is no box says why."""
-    words, notes, end, session.status = "", "", 0, WELCOME
-    for match in BRACKETS.finditer(answer):
+    notes, session.status = "", WELCOME
+
+    def drawn(match: re.Match) -> str:
+        nonlocal notes
         box, reason = model.decode_box(match[0], session.board.picture.size)
-        written = html.escape(match[0])
         if box is None:
-            notes += f"<br><small>{written} is not drawn: {html.escape(reason)}</small>"
-        else:
-            number = session.board.add(box)
-            written = coloured(number, written)
-            session.status = f"Box [{number}] is on the picture; ask about it by its number."
-        words += html.escape(answer[end : match.start()]) + written
-        end = match.end()
-    words += html.escape(answer[end:])
+            notes += f"<br><small>{match[0]} is not drawn: {html.escape(reason)}</small>"
+            return match[0]
+        number = session.board.add(box)
+        session.status = f"Box [{number}] is on the picture; ask about it by its number."
+        return coloured(number, match[0])
+
+    words = BRACKETS.sub(drawn, html.escape(answer))
     session.say("assistant", (words or "<i>The model said nothing.</i>") + notes)
 
 
 def load(folder: Path) -> GroundingModel:
     if not folder.is_dir():
-        raise DataError(
-            f"there is no MLLM in {folder}; make one with `make quickstart` (runs/quickstart/mllm_cloc) or, from zero, "
-            "`make reproduce` (runs/base/mllm_cloc), and name its folder with --model"
-        )
+        makers = "`make quickstart` (runs/quickstart/mllm_cloc) or `make reproduce` (runs/base/mllm_cloc)"
+        raise DataError(f"there is no MLLM in {folder}; make one with {makers} and name its folder with --model")
     try:
         return GroundingModel.from_pretrained(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -162,25 +158,14 @@ def build_page(model: GroundingModel):
         status = f'<div role="status">{html.escape(session.status)}</div>'
         return session, session.board.drawn(), session.turns, status, session.question
 
-    def on_put(session: Session, path: str | None) -> tuple:
-        put(session, path)
-        return view(session)
+    def shows(act):
+        return lambda session, *inputs: (act(session, *inputs), view(session))[1]
 
     def on_click(session: Session, question: str, event: gr.SelectData) -> tuple:
-        click(session, question, *event.index)
-        return view(session)
-
-    def on_undo(session: Session, question: str) -> tuple:
-        session.question, session.status = question, session.board.undo()
-        return view(session)
-
-    def on_restart(session: Session) -> tuple:
-        session.start(session.board.picture)
-        return view(session)
+        return shows(Session.click)(session, question, *event.index)
 
     def on_example(session: Session, event: gr.SelectData) -> tuple:
-        session.start(*examples[event.index])
-        return view(session)
+        return shows(Session.start)(session, *examples[event.index])
 
     def on_ask(session: Session, question: str) -> Iterator[tuple]:
         for _ in ask(session, question, model):
@@ -196,22 +181,23 @@ def build_page(model: GroundingModel):
                 picture.preprocess = lambda payload: payload and payload.path
                 status = gr.HTML(line)
                 with gr.Row():
-                    undo, restart = gr.Button("Undo box"), gr.Button("Clear chat and boxes")
+                    undo_button, clear_button = gr.Button("Undo box"), gr.Button("Clear chat and boxes")
             with gr.Column():
-                chat = gr.Chatbot(height=440, show_label=False, latex_delimiters=[], buttons=[], feedback_options=None)
+                chat = gr.Chatbot(
+                    height=440, show_label=False, latex_delimiters=[], buttons=[], placeholder="The answers come here."
+                )
                 with gr.Row(equal_height=True):
                     question = gr.Textbox(text, show_label=False, placeholder="Where is ...?", max_length=MAX_QUESTION, scale=5)
                     send = gr.Button("Ask", variant="primary", min_width=80)
-                gallery = gr.Gallery(
-                    [image.resize((3 * image.width, 3 * image.height)) for image, _ in examples],
-                    label="Examples", columns=4, height=160, allow_preview=False, buttons=[], elem_id="examples",
-                )  # fmt: skip
+                small = [image.resize((3 * image.width, 3 * image.height)) for image, _ in examples]
+                gallery = gr.Gallery(small, label="Examples", columns=4, height=160, allow_preview=False, buttons=[])
         options = {"outputs": [state, picture, chat, status, question], "api_visibility": "private", "show_progress": "hidden"}
-        gr.on([picture.input, picture.clear], on_put, [state, picture], **options)
+        picture.upload(shows(Session.put), [state, picture], **options)
+        picture.clear(shows(Session.start), [state], **options)
         picture.select(on_click, [state, question], **options)
         gallery.select(on_example, [state], **options)
-        undo.click(on_undo, [state, question], **options)
-        restart.click(on_restart, [state], **options)
+        undo_button.click(shows(Session.undo), [state, question], **options)
+        gr.on([clear_button.click, chat.clear], shows(Session.clear), [state], **options)
         gr.on([question.submit, send.click], on_ask, [state, question], **options)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
@@ -221,11 +207,10 @@ def serve(page, host: str, port: int) -> None:
     import gradio as gr
 
     theme = gr.themes.Soft(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))  # no font from afar
-    options = {"max_file_size": MAX_UPLOAD, "state_session_capacity": SESSIONS, "footer_links": [], "theme": theme, "css": CSS}
+    limits = {"max_file_size": MAX_UPLOAD, "state_session_capacity": SESSIONS, "share": False}
+    look = {"theme": theme, "css": CSS, "footer_links": [], "ssr_mode": False, "quiet": True}
     try:
-        page.launch(
-            server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, **options
-        )
+        page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **limits, **look)
     except OSError as error:
         raise DataError(f"{host}:{port} cannot be served ({error}); give another --port or --host") from error
 

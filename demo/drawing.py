@@ -1,5 +1,7 @@
 """The picture of the chat: from an upload or an example, marked with numbered boxes, drawn with them in their colours."""
 
+import html
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ MAX_PIXELS = 50_000_000  # of an uploaded picture
 KEPT_SIDE = 1536  # pixels; a longer picture is reduced to this, more than any tower sees
 MAX_CLICKED = 30  # boxes
 NUM_EXAMPLES = 4
+NAMED = re.compile(r"\[(\d{1,4})\]")  # a box's number in a question
 NO_PICTURE = "There is no picture; put one in, or take one of the examples."
 
 
@@ -113,6 +116,17 @@ class Board:
         self.shown = [other for other in self.shown if other != number]
         return f"Box [{number}] is gone."
 
+    def read(self, question: str) -> tuple[str, list[int]]:
+        """A question that names boxes as "[1]" -> the same with `<region:i>` in their place, and the numbers named.
+
+        DataError for a number that no box has.
+        """
+        numbers = list(dict.fromkeys(int(match[1]) for match in NAMED.finditer(question)))
+        for number in numbers:
+            if number not in self.boxes:
+                raise DataError(f"There is no box [{number}]; click two corners on the picture to draw one.")
+        return NAMED.sub(lambda match: f"<region:{numbers.index(int(match[1]))}>", question), numbers
+
     def drawn(self) -> Image.Image | None:
         if self.picture is None:
             return None
@@ -132,6 +146,11 @@ def coloured(number: int, words: str = "") -> str:
 def shown_scale(size: tuple[int, int]) -> float:
     """How many times larger a picture of (width, height) pixels is shown: its long side has at least `SHOWN_SIDE`."""
     return max(1.0, SHOWN_SIDE / max(size))
+
+
+def coloured_names(text: str) -> str:
+    """A question as HTML: every "[1]" in its box's colour."""
+    return NAMED.sub(lambda match: coloured(int(match[1])), html.escape(text))
 
 
 def draw_boxes(image: Image.Image, boxes: Mapping[int, Box], corner: Point | None = None) -> Image.Image:

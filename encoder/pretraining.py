@@ -143,11 +143,12 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batch: dict, loss_config: Loss
     batch = {key: value.to(engine.device, dtype=floating if key == "pixel_values" else None) for key, value in batch.items()}
     output = engine(**batch)
     losses, report = cloc_losses(output, batch.get("boxes"), batch.get("image_index"), loss_config)
+    # Of this step's forward pass: after the update it could be the next one's.
+    report["logit_scale"] = bounded_scale(output.logit_scale.detach(), loss_config.max_logit_scale)
     # Shares sum to the loss; the engine averages gradients over ranks.
     engine.backward(sum(losses.values()) * world_size())
     engine.step()
     report["loss"] = sum(loss.detach() for loss in losses.values())
-    report["logit_scale"] = bounded_scale(output.logit_scale.detach(), loss_config.max_logit_scale)
     return report
 
 

@@ -266,7 +266,7 @@ def parameter_groups(model: nn.Module, config: MllmConfig) -> list[dict]:
 
 
 class LogLine(TrainerCallback):
-    """One line per interval: step, loss, rate, gradient norm, conversations per second, time left."""
+    """One line per interval: step, loss, rate, gradient norm, conversations per second, time left; and in log.jsonl."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
@@ -274,6 +274,10 @@ class LogLine(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
+        if "eval_loss" in logs or "loss" in logs:
+            numbers = {key: float(logs[key]) for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
+            with (Path(args.output_dir) / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
         if "eval_loss" in logs:
             print(f"step {state.global_step}  held-out loss {float(logs['eval_loss']):.4f}", flush=True)
         elif "loss" in logs:

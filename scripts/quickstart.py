@@ -76,15 +76,11 @@ def main() -> None:
         ),
     ]
     run_stages(stages, out)
-    runs = [f"{name}={folder}" for name, folder in names_of_runs(before, after).items()]
+    runs = [f"{tower}={after[tower]}" for tower in ("cloc", "clip")]
+    runs += [f"{tower}_before={before[tower]}" for tower in ("cloc", "clip")]
     pairs = ["cloc:clip", "cloc:cloc_before", "clip:clip_before"]
     compare = ["eval/compare.py", *runs, "--pairs", *pairs, "--note", NOTE, "--out", str(report)]
     os.execv(sys.executable, [sys.executable, *compare])
-
-
-def names_of_runs(before: dict[str, Path], after: dict[str, Path]) -> dict[str, Path]:
-    """Run names of the report: finetuned first, then as shipped."""
-    return {**{tower: after[tower] for tower in reversed(TOWERS)}, **{f"{tower}_before": before[tower] for tower in reversed(TOWERS)}}
 
 
 if __name__ == "__main__":

@@ -29,13 +29,23 @@ def encoder_command(tower: str, scenes: Path, out: Path) -> list[str]:
     return [PYTHON, "scripts/pretrain_encoder.py", "scripts/recipes/nano_encoder.yaml", *settings]
 
 
-def mllm_command(tower: str, encoder: Path, scenes: Path, words: Path, out: Path) -> list[str]:
-    """One MLLM from a frozen tower; the tokenizer also reads the later domain's words, as any grown-up one has."""
-    data = scenes / "conversations" / "train.json"
-    files = ["--data", str(data), "--images", str(scenes / "images"), "--val_data", str(scenes / "conversations" / "val.json")]
-    texts = ["--tokenizer_data", str(data), str(words / "conversations" / "train.json")]
-    parts = ["--tower", str(encoder), "--feature_layer", str(FEATURE_LAYER[tower]), "--output", str(out)]
-    return [PYTHON, "scripts/finetune_mllm.py", "scripts/recipes/nano_base.yaml", *files, *texts, *parts]
+def mllm_command(tower: str, out: Path) -> list[str]:
+    """One MLLM on a frozen tower: `nano_align` on scenes of one or two objects, then `nano_base` on all.
+
+    The tokenizer also reads the words of the later domain, as any grown-up one has.
+    """
+    script, align = [PYTHON, "scripts/finetune_mllm.py"], out / f"align_{tower}"
+
+    def data(scenes: Path) -> list[str]:
+        conversations = scenes / "conversations"
+        files = ["--data", str(conversations / "train.json"), "--val_data", str(conversations / "val.json")]
+        return [*files, "--images", str(scenes / "images")]
+
+    texts = [str(out / name / "conversations" / "train.json") for name in ("scenes", "words")]
+    start = ["--tower", str(out / tower / "model"), "--feature_layer", str(FEATURE_LAYER[tower]), "--tokenizer_data", *texts]
+    first = [*script, "scripts/recipes/nano_align.yaml", *data(out / "easy"), *start, "--output", str(align)]
+    more = ["--model", str(align), "--output", str(out / f"mllm_{tower}")]
+    return in_order([first, [*script, "scripts/recipes/nano_base.yaml", *data(out / "scenes"), *more]])
 
 
 def ship(out: Path, weights: Path) -> None:
@@ -74,28 +84,18 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     out = arguments.out.resolve()
-    scenes, words = out / "scenes", out / "words"
+    scenes = out / "scenes"
     mllm, runs = ({tower: out / f"{kind}_{tower}" for tower in TOWERS} for kind in ("mllm", "eval"))
     compare = [PYTHON, "eval/compare.py", *(f"{tower}={runs[tower]}" for tower in reversed(TOWERS))]
+    draw = [
+        scenes_command(scenes, "base", arguments.scenes, arguments.eval, seed=0),
+        [*scenes_command(out / "easy", "base", 12_000, 300, seed=200), "--objects", "1", "2"],
+        scenes_command(out / "words", "new", 500, 1, seed=100),
+    ]
     stages = [
-        Stage(
-            "scenes",
-            f"draw {arguments.scenes} scenes",
-            [
-                in_order(
-                    [
-                        scenes_command(scenes, "base", arguments.scenes, arguments.eval, seed=0),
-                        scenes_command(words, "new", 500, 1, seed=100),
-                    ]
-                )
-            ],
-        ),
+        Stage("scenes", f"draw {arguments.scenes} scenes", [in_order(draw)]),
         Stage("encoders", "pretrain both encoders", [encoder_command(tower, scenes, out / tower) for tower in TOWERS]),
-        Stage(
-            "mllms",
-            "train an MLLM on each",
-            [mllm_command(tower, out / tower / "model", scenes, words, mllm[tower]) for tower in TOWERS],
-        ),
+        Stage("mllms", "train an MLLM on each", [mllm_command(tower, out) for tower in TOWERS]),
         Stage("evaluate", "ground and refer", [mllm_evaluations(mllm[tower], scenes, runs[tower]) for tower in TOWERS]),
         Stage(
             "regions",

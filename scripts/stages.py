@@ -101,5 +101,7 @@ def run_stages(stages: list[Stage], folder: Path) -> None:
         if not sys.stderr.isatty():
             print(f"{number} {stage.title} ...", flush=True)
         seconds = _run(stage, logs, number)
-        marker.write_text(json.dumps({"key": key.hexdigest(), "seconds": round(seconds, 1), "commands": stage.commands}, indent=1))
+        marker.write_text(
+            json.dumps({"key": key.hexdigest(), "seconds": round(seconds, 1), "commands": stage.commands}, indent=1)
+        )
         print(f"{number} {stage.title}: {seconds:.0f} s", flush=True)
