@@ -32,7 +32,7 @@ def read_records(path: str | Path) -> list[dict]:
     try:
         if path.suffix == ".jsonl":
             records = []
-            for number, line in enumerate(path.read_text().splitlines(), 1):
+            for number, line in enumerate(path.read_text().splitlines(), 1):  # noqa: B007 (named below)
                 if line.strip():
                     records.append(json.loads(line))
         else:

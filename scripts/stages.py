@@ -51,6 +51,7 @@ def _run(stage: Stage, logs: Path, number: str) -> float:
     threads = stage.threads or max(1, cores // len(stage.commands))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **stage.environment}
     start, processes, paths = time.monotonic(), [], []
+    failed = None
     interactive = sys.stderr.isatty()
     try:
         for i, command in enumerate(stage.commands):
@@ -67,7 +68,8 @@ def _run(stage: Stage, logs: Path, number: str) -> float:
             if interactive:
                 text = " || ".join(_last_line(path)[:90] for path in paths)
                 print(f"\r\033[K{number} {stage.title} {time.monotonic() - start:4.0f} s  {text}"[:230], end="", file=sys.stderr)
-            if any(process.poll() not in (None, 0) for process in processes):
+            failed = next((i for i, process in enumerate(processes) if process.poll() not in (None, 0)), None)
+            if failed is not None:
                 break
     finally:
         for process in processes:
@@ -79,10 +81,13 @@ def _run(stage: Stage, logs: Path, number: str) -> float:
                     os.killpg(process.pid, signal.SIGKILL)
         if interactive:
             print("\r\033[K", end="", file=sys.stderr)
-    for process, path in zip(processes, paths, strict=True):
-        if process.returncode:
-            tail = "\n".join(path.read_text(errors="replace").replace("\r", "\n").splitlines()[-8:])
-            raise DataError(f"stage '{stage.name}' failed with exit code {process.returncode}; its log {path} ends:\n{tail}")
+    # The one that failed of itself, not those that were stopped because of it.
+    if failed is None:
+        failed = next((i for i, process in enumerate(processes) if process.returncode), None)
+    if failed is not None:
+        tail = "\n".join(paths[failed].read_text(errors="replace").replace("\r", "\n").splitlines()[-8:])
+        code = processes[failed].returncode
+        raise DataError(f"stage '{stage.name}' failed with exit code {code}; its log {paths[failed]} ends:\n{tail}")
     return time.monotonic() - start
 
 
