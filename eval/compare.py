@@ -66,14 +66,14 @@ def terminal_table(rows: list[Row], pair: Pair) -> list[str]:
     rows = [row for row in rows if pair in row.differences]
     label = max(17, *(len(row.name) for row in rows))
     a, b = max(6, len(pair.first)), max(6, len(pair.second))
-    widths = f"{{:<{label}}}  {{:<14}}  {{:>{a}}}  {{:>{b}}}  {{:<{max(24, len(pair.title) + 6)}}}  {{:>6}}"
-    lines = [widths.format("benchmark / split", "metric", pair.first, pair.second, f"{pair.title} [95%]", "n")]
+    widths = f"{{:<{label}}}  {{:<14}}  {{:>{a}}}  {{:>{b}}}  {{:<{max(24, len(pair.title) + 6)}}}  {{:>6}}  {{:>6}}"
+    lines = [widths.format("benchmark / split", "metric", pair.first, pair.second, f"{pair.title} [95%]", "chance", "n")]
     lines.append("-" * len(lines[0]))
     for row in rows:
         difference = row.differences[pair]
         first, second = (percent(row.accuracies[name].value) for name in (pair.first, pair.second))
         text = signed(difference) + (" *" if difference.excludes_zero else "")
-        lines.append(widths.format(row.name, METRIC_NAMES[row.metric], first, second, text, row.n))
+        lines.append(widths.format(row.name, METRIC_NAMES[row.metric], first, second, text, percent(row.chance), row.n))
     return lines
 
 
@@ -105,6 +105,7 @@ def as_json(runs: list[Run], rows: list[Row], args: argparse.Namespace) -> dict:
                 "name": row.name,
                 "metric": row.metric,
                 "n": row.n,
+                "chance": row.chance,
                 "accuracies": {name: asdict(interval) for name, interval in row.accuracies.items()},
                 "differences": [
                     {"first": pair.first, "second": pair.second, **asdict(interval)} for pair, interval in row.differences.items()

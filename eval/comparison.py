@@ -47,7 +47,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tables: a metric of one benchmark and split.
+    """One line of the tables: a metric of one benchmark and split; n: questions, chance: accuracy without looking.
 
     accuracies: by run name, absent where the run has no such evaluation; differences: by pair, absent likewise
     """
@@ -55,6 +55,7 @@ class Row:
     name: str
     metric: str
     n: int
+    chance: float
     accuracies: dict[str, Interval]
     differences: dict[Pair, Interval] = field(default_factory=dict)
 
@@ -115,14 +116,14 @@ def shared_names(runs: list[Run], pairs: list[Pair]) -> list[str]:
 
 
 def unshared(runs: list[Run]) -> list[str]:
-    """A sentence per benchmark that some runs lack, so that nothing is left out unsaid."""
+    """A sentence per group of benchmarks that some runs lack, so that nothing is left out unsaid."""
     names = dict.fromkeys(name for run in runs for name in run.entries)
-    sentences = []
+    lacking: dict[str, list[str]] = {}
     for name in names:
-        lacking = [run.name for run in runs if name not in run.entries]
-        if lacking:
-            sentences.append(f"{name} was not evaluated for {', '.join(lacking)}")
-    return sentences
+        without = ", ".join(run.name for run in runs if name not in run.entries)
+        if without:
+            lacking.setdefault(without, []).append(name)
+    return [f"{', '.join(some)}: not evaluated for {without}" for without, some in lacking.items()]
 
 
 def paper_order(name: str) -> tuple[str, int, str]:
@@ -174,15 +175,15 @@ def compare(runs: list[Run], pairs: list[Pair], seed: int = 0) -> list[Row]:
     rows = []
     for name in sorted(shared_names(runs, pairs), key=paper_order):
         scored = {run: entries[name] for run, entries in best.items() if name in entries}
-        task = next(iter(scored.values())).task
-        for metric in HEADLINES[task]:
+        any_run = next(iter(scored.values()))
+        for metric in HEADLINES[any_run.task]:
             accuracies = {run: s.accuracy(metric, seed) for run, s in scored.items()}
             differences = {
                 pair: scored[pair.first].difference(scored[pair.second], metric, seed)
                 for pair in pairs
                 if pair.first in scored and pair.second in scored
             }
-            rows.append(Row(name, metric, len(next(iter(scored.values())).ids), accuracies, differences))
+            rows.append(Row(name, metric, len(any_run.ids), any_run.chance, accuracies, differences))
     return rows
 
 

@@ -57,7 +57,8 @@ def page(
         "<h2>Results</h2>",
         *(_result(runs, rows, pair) for pair in pairs),
         '<p class="quiet">Accuracies in percent. A difference is in percentage points, paired by question; the brackets are its '
-        "95% interval (bootstrap over pictures). Green and red: the interval leaves zero out. n: questions.</p>",
+        "95% interval (bootstrap over pictures). Green and red: the interval leaves zero out. n: questions. "
+        "Chance: every question answered with another one's box, or with a name at random.</p>",
         '<div class="plots">',
         *_accuracies(rows, names),
         "</div>",
@@ -80,7 +81,7 @@ def verdict(rows: list[Row], pair: Pair) -> str:
     differences = [row.differences[pair] for row in rows if pair in row.differences and row.metric in ("acc_50", "micro")]
     ahead, behind = sum(d.low > 0 for d in differences), sum(d.high < 0 for d in differences)
     return (
-        f"{pair.first} against {pair.second}, by accuracy on {len(differences)} benchmarks and splits: ahead on {ahead}, "
+        f"{pair.first} against {pair.second}, by accuracy: ahead on {ahead} of {len(differences)} benchmark splits, "
         f"behind on {behind}, no clear difference on {len(differences) - ahead - behind}."
     )
 
@@ -106,7 +107,7 @@ def _result(runs: list[Run], rows: list[Row], pair: Pair) -> str:
         value, _, limits = signed(difference).partition(" ")
         name = escape(row.name).replace("/", "/<wbr>")
         lines.append(
-            f"<tr><td>{name}<small>{METRIC_NAMES[row.metric]}, n {row.n:,}</small></td><td>{a}</td><td>{b}</td>"
+            f"<tr><td>{name}<small>{METRIC_NAMES[row.metric]}, n {row.n:,}, chance {percent(row.chance)}</small></td><td>{a}</td><td>{b}</td>"
             f'<td class="{mark}">{value}<small>{limits}</small></td></tr>'
         )
     titles = ("benchmark / split", pair.first, pair.second, pair.title)

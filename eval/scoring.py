@@ -22,6 +22,7 @@ from eval.metrics import (
     macro_interval,
     mean_interval,
     paired_iou,
+    shuffled_box_accuracy,
     size_bin,
     size_name,
 )
@@ -38,6 +39,7 @@ class Scored:
 
     hits: (N,) 0 or 1; iou: (N,), grounding only
     images, categories, kinds: (N,) names; sizes: (N,) bins of the true boxes
+    chance: accuracy without looking: another question's box (grounding), one of the names in question (naming)
     """
 
     task: str
@@ -48,6 +50,7 @@ class Scored:
     categories: np.ndarray
     kinds: np.ndarray
     sizes: np.ndarray
+    chance: float
 
     def accuracy(self, metric: str, seed: int = 0) -> Interval:
         """A metric of `HEADLINES` with its interval."""
@@ -70,14 +73,17 @@ def score_questions(evaluation: Evaluation) -> Scored:
         raise DataError(f"{evaluation.folder}/run.json: protocol.task is '{task}'; expected one of {', '.join(TASKS)}")
     targets, predictions = evaluation.targets, evaluation.predictions
     true_boxes = np.array([target.box for target in targets], np.float64).reshape(-1, 4)
+    widths, heights = (np.array([getattr(target, side) for target in targets]) for side in ("width", "height"))
     iou = None
     if task == "grounding":
         nothing = (np.nan,) * 4
         iou = paired_iou(np.array([p.box or nothing for p in predictions], np.float64).reshape(-1, 4), true_boxes)
         hits = (iou >= THRESHOLDS[0]).astype(np.float64)
+        chance = shuffled_box_accuracy(true_boxes, widths, heights)
     else:
         pairs = zip(targets, predictions, strict=True)
         hits = np.array([plain_name(t.category) == plain_name(p.raw) for t, p in pairs], np.float64)
+        chance = 1 / evaluation.protocol.get("candidates", len({target.category for target in targets}))
     return Scored(
         task,
         [target.id for target in targets],
@@ -86,7 +92,8 @@ def score_questions(evaluation: Evaluation) -> Scored:
         np.array([target.image for target in targets]),
         np.array([target.category for target in targets]),
         np.array([target.kind for target in targets]),
-        size_bin(true_boxes, [target.width for target in targets], [target.height for target in targets]),
+        size_bin(true_boxes, widths, heights),
+        chance,
     )
 
 
@@ -101,6 +108,7 @@ def score_folder(folder: Path, seed: int = 0) -> dict[str, Any]:
     scored = score_questions(evaluation)
     scores: dict[str, Any] = {"benchmark": evaluation.name, "task": scored.task, "n": len(scored.ids)}
     scores["completeness"] = evaluation.protocol.get("completeness", "own data")
+    scores |= {"variant": evaluation.run["model"].get("variant", ""), "chance": scored.chance}
     scores |= {metric: asdict(scored.accuracy(metric, seed)) for metric in HEADLINES[scored.task]}
     if scored.iou is not None:
         scores |= {f"acc_{100 * t:.0f}": accuracy_at(scored.iou, t) for t in THRESHOLDS[1:]}
@@ -134,7 +142,9 @@ def score_line(scores: dict[str, Any]) -> str:
     if scores["task"] == "grounding":
         parts.append(f"acc_75 {100 * scores['acc_75']:.1f}  mean IoU {100 * scores['mean_iou']:.1f}")
         parts.append(f"unparsed {scores['unparsed']}")
-    return f"{scores['benchmark']:<28} {'  '.join(parts)}  n {scores['n']}  ({scores['completeness']})"
+    parts.append(f"chance {100 * scores['chance']:.1f}")
+    name = f"{scores['benchmark']} {scores['variant']}"
+    return f"{name:<38} {'  '.join(parts)}  n {scores['n']}  ({scores['completeness']})"
 
 
 def score_run(run_folder: Path) -> None:

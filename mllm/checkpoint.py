@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
@@ -75,13 +76,18 @@ def load_mllm(
     settings = MllmSettings.read(folder)
     saved_dtype = getattr(torch, settings.dtype)
     # Loaded in the saved format first: the hash is of those bytes.
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=saved_dtype, attn_implementation=attention, output_loading_info=True
-    )
+    arguments = {"dtype": saved_dtype, "attn_implementation": attention, "ignore_mismatched_sizes": True}
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:  # no weights, or not whole
+        reason = " ".join(str(error).split())
+        raise DataError(f"{folder} cannot be read ({reason}); copy or train the folder again") from error
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise DataError(
-            f"{folder}: {len(wrong)} parameters are missing or of another size ({', '.join(wrong[:3])}); save it again"
+            f"{folder}: {len(wrong)} parameters are missing or of another size ({', '.join(wrong[:3])}); "
+            "config.json and weights are not of one model, train the folder again"
         )
     found = weights_hash(model.model.vision_tower)
     if found != settings.tower_hash:
@@ -89,7 +95,7 @@ def load_mllm(
             f"{folder}: the tower's weights (sha256 {found[:12]}) are not those that {SETTINGS_FILE} names "
             f"({settings.tower_hash[:12]}); the folder was changed after training, train it again"
         )
-    return model.to(dtype).eval(), AutoTokenizer.from_pretrained(folder), settings
+    return model.to(dtype).eval(), tokenizer, settings
 
 
 def save_mllm(

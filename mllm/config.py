@@ -35,7 +35,6 @@ class MllmConfig:
     learning_rate: peak rate of the language model, and of each part without a rate of its own
     projector_learning_rate: peak rate of the projector
     tower_learning_rate: peak rate of the tower
-    embedding_learning_rate: peak rate of a preset's token embeddings, which start at embedding_std
     val_data: conversation files for a held-out loss, measured every val_every steps
     val_every: steps between two held-out losses
     tokenizer_data: conversation files that the preset's tokenizer is trained on; data if empty. Name later domains too
@@ -90,7 +89,6 @@ class MllmConfig:
     learning_rate: float = 1e-3
     projector_learning_rate: float | None = None
     tower_learning_rate: float | None = None
-    embedding_learning_rate: float | None = None
     val_data: list[str] = field(default_factory=list)
     val_every: int = 500
     tokenizer_data: list[str] = field(default_factory=list)
@@ -180,8 +178,6 @@ class MllmConfig:
         for part, rate in rates.items():
             if rate is not None and part not in self.train:
                 raise DataError(f"{part}_learning_rate is given, but train lacks {part}; drop one or add the other")
-        if self.embedding_learning_rate is not None and "llm" not in self.train:
-            raise DataError("embedding_learning_rate is given, but train lacks llm; drop one or add the other")
         if self.geometry == "center_crop":
             raise DataError("geometry 'center_crop' cuts boxes off; choose pad or squash")
 

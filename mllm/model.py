@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -127,8 +127,12 @@ def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
 def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, None]:
     if not (Path(config.llm) / "config.json").is_file():
         raise DataError(f"language model {config.llm} has no config.json; give the folder of a causal language model")
-    tokenizer = AutoTokenizer.from_pretrained(config.llm)
-    llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, attn_implementation=config.attention)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.llm)
+        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, attn_implementation=config.attention)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"language model {config.llm} cannot be read ({reason}); copy or save the folder again") from error
     add_image_token(tokenizer)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)

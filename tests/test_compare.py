@@ -117,7 +117,7 @@ def test_differences_are_the_naive_ones_and_the_table_says_so(tmp_path, pictures
 
     line = next(line for line in output.splitlines() if line.startswith("refcoco/val"))
     assert f"{100 * share['cloc']:.1f}" in line and f"+{100 * difference['value']:.1f} [" in line and line.endswith("60")
-    assert "*" in line and "ahead on 2, behind on 0" in output
+    assert "*" in line and "ahead on 2 of 2 benchmark splits, behind on 0" in output
     assert output.strip().endswith(f"report: {tmp_path / 'report' / 'report.html'}")
 
 
@@ -203,7 +203,7 @@ def test_what_one_run_lacks_or_did_in_part_is_said(tmp_path, pictures, monkeypat
     (b / "region_classification/seen/run.json").unlink()
     run(monkeypatch, a, b, "--out", tmp_path, "--examples", 0)
     output = capsys.readouterr().out
-    assert "note: region_classification/seen was not evaluated for b" in output
+    assert "note: region_classification/seen: not evaluated for b" in output
     assert "note: refcoco/val is PARTIAL: 60 of 90" in output
     assert "PARTIAL: 60 of 90" in (tmp_path / "report.html").read_text()
 

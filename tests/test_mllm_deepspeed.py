@@ -38,7 +38,7 @@ def launch(folder: Path, name: str, command: list[str], **fields) -> tuple[list[
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=550,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     lines = re.findall(r"^step \d+/\d+  loss (\S+)  lr \S+  grad norm (\S+)", done.stdout, re.MULTILINE)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -141,8 +142,6 @@ def test_transformers_processor_reads_the_folder(saved):
 
 
 def test_a_changed_tower_is_noticed(saved, tmp_path):
-    import shutil
-
     folder = shutil.copytree(saved, tmp_path / "changed")
     model, tokenizer, settings = load_mllm(saved)
     model.model.vision_tower.post_layernorm.bias.data += 1
@@ -157,6 +156,19 @@ def test_missing_pieces_of_a_folder_are_named(saved, tmp_path):
         load_mllm(tmp_path / "nowhere")
     with pytest.raises(DataError, match="grounding.json does not exist"):
         load_mllm(tmp_path)
+    cut = shutil.copytree(saved, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(DataError, match="cut cannot be read"):
+        load_mllm(cut)
+    other = shutil.copytree(saved, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = 48
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="parameters are missing or of another size"):
+        load_mllm(other)
+    (other / "grounding.json").write_text('{"codec": "int1000"}')
+    with pytest.raises(DataError, match="is not the settings of an MLLM"):
+        load_mllm(other)
 
 
 def test_only_the_named_parts_learn_and_the_rest_is_rounded_as_it_will_be_saved(mllm):
