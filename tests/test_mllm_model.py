@@ -90,8 +90,8 @@ def test_any_causal_language_model_joins(world, mllm, tmp_path):
         build_mllm(MllmConfig(**recipe(world, llm_preset=None, llm=str(tmp_path / "none"))))
 
 
-def test_fit_projector_centres_and_scales_whatever_the_features_are():
-    """Channels of very different mean and scale come out centred, at the asked scale, each with its own say."""
+def test_fit_projector_centres_scales_and_whitens():
+    """A direction a hundred times quieter in variance than the loudest counts as much; next to nothing stays little."""
     torch.manual_seed(0)
 
     class Config:
@@ -99,16 +99,18 @@ def test_fit_projector_centres_and_scales_whatever_the_features_are():
         vision_config, text_config = type("V", (), {"hidden_size": 24}), type("T", (), {"hidden_size": 64})
 
     projector = LlavaMultiModalProjector(Config)
-    scale = torch.logspace(-2, 2, 24)
-    features = torch.randn(4000, 24) * scale + 30 * torch.randn(24)
+    variance = torch.cat([torch.full((2,), 10.0), torch.full((20,), 0.5), torch.full((2,), 1e-6)])
+    axes = torch.linalg.qr(torch.randn(24, 24)).Q
+    features = torch.randn(8000, 24) * variance.sqrt() @ axes.T + 30 * torch.randn(24)
     fit_projector(projector, features, 0.5)
     with torch.no_grad():
         out = projector(features)
-    assert out.std().item() == pytest.approx(0.5, rel=0.02) and out.mean(0).abs().max() < 1e-3
-    with torch.no_grad():
-        hidden = projector.linear_1(features)
-        moved = [(projector.linear_1(features + scale * (torch.arange(24) == d)) - hidden).std() for d in range(24)]
-    assert max(moved) < 2 * min(moved)  # one standard deviation counts alike in the quietest and the loudest channel
+        assert out.std().item() == pytest.approx(0.5, rel=0.02) and out.mean(0).abs().max() < 1e-3
+        assert projector.linear_1(features).std().item() == pytest.approx(1.0, rel=0.05)
+        # How far the hidden layer moves for one standard deviation along each direction.
+        moved = (axes * variance.sqrt() @ torch.eye(24)).T @ projector.linear_1.weight.T
+    loud, quiet, silent = (moved[part].norm(dim=1).mean() for part in (slice(0, 2), slice(2, 22), slice(22, 24)))
+    assert loud < 1.5 * quiet and silent < 0.02 * quiet
 
 
 def test_towers_of_one_size_meet_the_same_initial_weights(world):
