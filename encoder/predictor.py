@@ -83,7 +83,10 @@ class RegionPredictor:
     def embed_boxes(self, boxes_px: Boxes) -> Tensor:
         """Boxes (R, 4) -> region embeddings (R, E), L2-normalised float32; R may be 0."""
         tokens_1ND, geometry = self._image()
-        boxes = boxes_px if isinstance(boxes_px, Tensor) else torch.from_numpy(np.array(boxes_px, dtype=np.float32))
+        try:
+            boxes = boxes_px if isinstance(boxes_px, Tensor) else torch.from_numpy(np.array(boxes_px, dtype=np.float32))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"boxes are no table of numbers ({error}); give (R, 4): x1, y1, x2, y2 in pixels") from error
         boxes = boxes.to(self.model.device, torch.float32)
         boxes = boxes.reshape(0, 4) if boxes.numel() == 0 else boxes
         if boxes.ndim != 2 or boxes.shape[1] != 4:

@@ -106,7 +106,7 @@ def _result(runs: list[Run], rows: list[Row], pair: Pair) -> str:
         a, b = (percent(row.accuracies[name].value) for name in (pair.first, pair.second))
         value, _, limits = signed(difference).partition(" ")
         name = escape(row.name).replace("/", "/<wbr>")
-        details = f"{METRIC_NAMES[row.metric]}, n {row.n:,}, chance {percent(row.chance)}"
+        details = f"{METRIC_NAMES[row.metric]}, n {row.n:,}, chance&nbsp;{percent(row.chance)}"
         lines.append(
             f"<tr><td>{name}<small>{details}</small></td><td>{a}</td><td>{b}</td>"
             f'<td class="{mark}">{value}<small>{limits}</small></td></tr>'

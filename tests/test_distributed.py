@@ -16,6 +16,8 @@ from encoder.contrastive import contrastive_loss
 from encoder.losses import LossConfig, cloc_losses
 from encoder.model import ClocModel
 
+pytestmark = pytest.mark.timeout(1800)  # two processes start slowly on a busy machine
+
 WORLD = 2
 # Regions of each of four images; the first two images are rank 0's.
 REGION_COUNTS = {"uneven": (3, 1, 0, 4), "all on one rank": (0, 0, 2, 3), "one region": (0, 1, 0, 0), "none at all": (0, 0, 0, 0)}

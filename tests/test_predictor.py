@@ -118,6 +118,9 @@ def test_bad_input_is_one_sentence(predictor, picture, tmp_path):
             predictor.embed_boxes([BOXES[0], bad])
     with pytest.raises(DataError, match=r"boxes have the shape \(4,\)"):
         predictor.embed_boxes(BOXES[0])
+    for ragged in ([[1, 2, 3, 4], [1, 2]], [["a", 1, 2, 3]], None):
+        with pytest.raises(DataError, match="boxes are no table of numbers|boxes have the shape"):
+            predictor.embed_boxes(ragged)
     with pytest.raises(DataError, match="names is empty"):
         predictor.classify_boxes(BOXES, [])
     with pytest.raises(DataError, match="give a list of texts"):
