@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from encoder.errors import DataError, run_main
-from pipeline import PYTHON, TOWERS, mllm_evaluations, region_evaluations, scenes_command
+from pipeline import PYTHON, TOWERS, mllm_evaluations, scenes_command
 from stages import Stage, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,15 +69,10 @@ def main() -> None:
             "evaluate both again",
             [mllm_evaluations(mllm[tower], scenes, after[tower]) for tower in TOWERS],
         ),
-        Stage(
-            "regions",
-            "name boxes of the new pictures with the encoders alone",
-            [region_evaluations(ROOT / "weights" / tower, tower, scenes, after[tower]) for tower in TOWERS],
-        ),
     ]
     run_stages(stages, out)
-    runs = [f"{tower}={after[tower]}" for tower in ("cloc", "clip")]
-    runs += [f"{tower}_before={before[tower]}" for tower in ("cloc", "clip")]
+    runs = [f"{tower}={after[tower]}" for tower in reversed(TOWERS)]
+    runs += [f"{tower}_before={before[tower]}" for tower in reversed(TOWERS)]
     pairs = ["cloc:clip", "cloc:cloc_before", "clip:clip_before"]
     compare = ["eval/compare.py", *runs, "--pairs", *pairs, "--note", NOTE, "--out", str(report)]
     os.execv(sys.executable, [sys.executable, *compare])
