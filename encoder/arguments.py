@@ -52,7 +52,8 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str | None = N
     group, texts = parser.add_argument_group(title or cls.__name__), field_help(cls)
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        note = "required" if required else f"default {field.default}"
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        note = "required" if required else f"default {default}"
         text = f"{texts.get(field.name, '')} ({note})".replace("%", "%%")
         is_list = typing.get_origin(field.type) is list
         item = typing.get_args(field.type)[0] if is_list else field.type
