@@ -15,17 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
-from safetensors import SafetensorError
 
-from demo.drawing import NO_PICTURE, Board, coloured, coloured_names, draw_examples, open_picture
+from demo.drawing import MAX_QUESTION, NO_PICTURE, Board, coloured, coloured_names, draw_examples, open_picture
 from encoder.data.prompts import REFERRING_QUESTION
 from encoder.errors import DataError, run_main
-from mllm.conversation import IMAGE, PLACEHOLDER
 from mllm.generation import GroundingModel
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "weights" / "mllm_cloc"
 MAX_UPLOAD = "30mb"
-MAX_QUESTION = 400  # characters
 MAX_ANSWER = 128  # tokens
 QUEUE, SESSIONS = 16, 64  # events that may wait, visitors whose chat is kept
 
@@ -36,8 +33,9 @@ Ask **where** something is: the answer's box is drawn on the picture, in the col
 click two opposite corners on the picture and name the box by its number, as in *What is [1]?*"""
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-.column, .block { min-width: 0 !important; }
-#picture img { cursor: crosshair; max-width: 100%; }
+.prose { opacity: 1 !important; }
+#examples .grid-wrap { min-height: 0; height: auto; } #picture img { cursor: crosshair; max-width: 100%; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 .box { color: white; border-radius: 4px; padding: 1px 6px; font-variant-numeric: tabular-nums; white-space: nowrap; }
 """
 
@@ -90,7 +88,7 @@ def ask(session: Session, question: str, model: GroundingModel) -> Iterator[None
     question = question.encode("utf-8", "replace").decode().strip()
     session.question, board = question, session.board
     try:
-        text, numbers = read_question(board, question, model)
+        text, numbers = board.read(question, model.tokenizer.all_special_tokens)
         session.say("user", coloured_names(question))
         board.shown, board.corner = sorted({*board.clicked, *numbers}), None
         session.question, session.status = "", "The model is answering."
@@ -103,19 +101,6 @@ def ask(session: Session, question: str, model: GroundingModel) -> Iterator[None
         if session.board is board:  # else the visitor has meanwhile begun another chat
             hear(session, answer, model)
     yield
-
-
-def read_question(board: Board, question: str, model: GroundingModel) -> tuple[str, list[int]]:
-    """A visitor's words -> the model's, with `<region:i>` for each box named, and the numbers of these boxes."""
-    if board.picture is None or not question:
-        raise DataError(NO_PICTURE if board.picture is None else "The question is empty; write one.")
-    if len(question) > MAX_QUESTION:
-        raise DataError(f"The question has {len(question)} characters; ask in at most {MAX_QUESTION}.")
-    placeholders = [match[0] for match in PLACEHOLDER.finditer(question)]
-    for mark in [IMAGE, "<region>", *model.tokenizer.all_special_tokens, *placeholders]:
-        if mark in question:
-            raise DataError(f"The question holds {mark}, which is a mark of the model's own; leave it out.")
-    return board.read(question)
 
 
 def hear(session: Session, answer: str, model: GroundingModel) -> None:
@@ -140,10 +125,7 @@ def load(folder: Path) -> GroundingModel:
     if not folder.is_dir():
         makers = "`make quickstart` (runs/quickstart/mllm_cloc) or `make reproduce` (runs/base/mllm_cloc)"
         raise DataError(f"there is no MLLM in {folder}; make one with {makers} and name its folder with --model")
-    try:
-        return GroundingModel.from_pretrained(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"the model in {folder} cannot be loaded ({str(error).splitlines()[0]}); make it again") from error
+    return GroundingModel.from_pretrained(folder)
 
 
 def build_page(model: GroundingModel):
@@ -183,14 +165,15 @@ def build_page(model: GroundingModel):
                 with gr.Row():
                     undo_button, clear_button = gr.Button("Undo box"), gr.Button("Clear chat and boxes")
             with gr.Column():
-                chat = gr.Chatbot(
-                    height=440, show_label=False, latex_delimiters=[], buttons=[], placeholder="The answers come here."
-                )
+                chat = gr.Chatbot(height=440, show_label=False, latex_delimiters=[], buttons=[], placeholder="Answers come here.")
                 with gr.Row(equal_height=True):
                     question = gr.Textbox(text, show_label=False, placeholder="Where is ...?", max_length=MAX_QUESTION, scale=5)
                     send = gr.Button("Ask", variant="primary", min_width=80)
+                gr.Markdown("Or begin with one of these pictures:")
                 small = [image.resize((3 * image.width, 3 * image.height)) for image, _ in examples]
-                gallery = gr.Gallery(small, label="Examples", columns=4, height=160, allow_preview=False, buttons=[])
+                gallery = gr.Gallery(
+                    small, show_label=False, columns=4, height="auto", allow_preview=False, buttons=[], elem_id="examples"
+                )
         options = {"outputs": [state, picture, chat, status, question], "api_visibility": "private", "show_progress": "hidden"}
         picture.upload(shows(Session.put), [state, picture], **options)
         picture.clear(shows(Session.start), [state], **options)
@@ -212,7 +195,7 @@ def serve(page, host: str, port: int) -> None:
     try:
         page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **limits, **look)
     except OSError as error:
-        raise DataError(f"{host}:{port} cannot be served ({error}); give another --port or --host") from error
+        raise DataError(f"{host}:{port} is in use or not of this machine; give another --port or --host") from error
 
 
 def main() -> None:

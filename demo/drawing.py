@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from encoder.data.pictures import load_library
 from encoder.data.prompts import GROUNDING_QUESTION
 from encoder.data.scenes import PictureLibrary, SceneConfig, draw_scene
 from encoder.errors import DataError
+from mllm.conversation import IMAGE, PLACEHOLDER
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
@@ -24,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # named, since Pillow w
 MAX_PIXELS = 50_000_000  # of an uploaded picture
 KEPT_SIDE = 1536  # pixels; a longer picture is reduced to this, more than any tower sees
 MAX_CLICKED = 30  # boxes
+MAX_QUESTION = 400  # characters
 NUM_EXAMPLES = 4
 NAMED = re.compile(r"\[(\d{1,4})\]")  # a box's number in a question
 NO_PICTURE = "There is no picture; put one in, or take one of the examples."
@@ -116,11 +118,20 @@ class Board:
         self.shown = [other for other in self.shown if other != number]
         return f"Box [{number}] is gone."
 
-    def read(self, question: str) -> tuple[str, list[int]]:
+    def read(self, question: str, reserved: Sequence[str] = ()) -> tuple[str, list[int]]:
         """A question that names boxes as "[1]" -> the same with `<region:i>` in their place, and the numbers named.
 
-        DataError for a number that no box has.
+        DataError for an empty or long question, one with a mark of the model's own (of `reserved`, or a placeholder), and
+        for a number that no box has.
         """
+        if self.picture is None or not question:
+            raise DataError(NO_PICTURE if self.picture is None else "The question is empty; write one.")
+        if len(question) > MAX_QUESTION:
+            raise DataError(f"The question has {len(question)} characters; ask in at most {MAX_QUESTION}.")
+        placeholders = [match[0] for match in PLACEHOLDER.finditer(question)]
+        for mark in [IMAGE, "<region>", *placeholders, *reserved]:
+            if mark in question:
+                raise DataError(f"The question holds {mark}, which is a mark of the model's own; leave it out.")
         numbers = list(dict.fromkeys(int(match[1]) for match in NAMED.finditer(question)))
         for number in numbers:
             if number not in self.boxes:
@@ -166,7 +177,7 @@ def draw_boxes(image: Image.Image, boxes: Mapping[int, Box], corner: Point | Non
     shown = shown.resize((width, height), Image.Resampling.BICUBIC) if scale > 1 else shown.copy()
     draw = ImageDraw.Draw(shown)
     line = max(3, round(max(width, height) / 200))
-    font = ImageFont.load_default(size=max(14, max(width, height) // 32))
+    font = ImageFont.load_default(size=max(14, max(width, height) // 22))
     numbers = []
     for number, box in boxes.items():
         x1, y1, x2, y2 = _inside(box, scale, width, height)
