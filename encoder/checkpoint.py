@@ -59,3 +59,10 @@ def load_training_state(engine: deepspeed.DeepSpeedEngine, output: Path, identit
     if loaded is None:
         raise DataError(f"{folder / tag} cannot be loaded by DeepSpeed; remove it to start over")
     return state["step"]
+
+
+def forget_after(log: Path, step: int) -> None:
+    """Drops the lines of a run that went on after its last checkpoint and was killed: those steps come again."""
+    if log.is_file():
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))

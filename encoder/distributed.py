@@ -3,9 +3,24 @@
 Whatever is gathered may have a different first dimension on every rank, zero included.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def choose_backend() -> str:
+    """`nccl` with this process' GPU chosen, or `gloo` where there is none: what a process group is to be made with."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return "nccl"
+    import deepspeed  # slow to import, and only those who train get here
+
+    # DeepSpeed would compile a shared-memory operator first: minutes, and a build that is interrupted leaves a lock
+    # file on which every later run waits for ever. Gloo does without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return "gloo"
 
 
 def world_size() -> int:

@@ -17,6 +17,9 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from encoder.config import ClocConfig
 from encoder.prompter import BoxHead, Prompter, PromptLayer, sinusoids
 
+# Parameters that CLOC adds to CLIP, by the start of their names.
+ADDED_TO_CLIP = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale")
+
 
 @dataclass
 class ImageEncoding:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
 from encoder.config import ClocConfig
 from encoder.errors import DataError
-from encoder.model import ClocModel
+from encoder.model import ADDED_TO_CLIP, ClocModel
 from encoder.processor import OPENAI_MEAN, OPENAI_STD, ClocImageProcessor, ClocProcessor
 
 PREFIX = "vision_model."
@@ -99,7 +99,7 @@ def from_clip(folder: str | Path, **fields) -> ClocModel:
     base = {key: value for key, value in clip.config.to_dict().items() if key not in ("model_type", "architectures")}
     model = ClocModel(ClocConfig(**{**base, **fields}))
     missing, unexpected = model.load_state_dict(clip.state_dict(), strict=False)
-    wrong = [key for key in missing if not key.startswith(("prompter.", "text_prompter.", "box_head.", "region_logit_scale"))]
+    wrong = [key for key in missing if not key.startswith(ADDED_TO_CLIP)]
     if wrong or unexpected:
         raise DataError(f"{folder}: parameters missing {wrong[:5]}, unexpected {unexpected[:5]}; is it a stock CLIPModel?")
     return model

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from encoder.checkpoint import load_training_state, save_training_state
+from encoder.checkpoint import forget_after, load_training_state, save_training_state
 from encoder.data.batches import RegionBatches, batch_loader
 from encoder.distributed import rank, sum_over_ranks, world_size
 from encoder.errors import DataError
@@ -163,7 +163,7 @@ def pretrain(
     is_main = rank() == 0
     writer = SummaryWriter(output / "tensorboard", purge_step=first_step or None) if is_main else None
     if is_main:
-        _forget_after(output / "log.jsonl", first_step)
+        forget_after(output / "log.jsonl", first_step)
         print(f"{config.objective}: steps {first_step} to {config.steps}, {config.batch_size} images a step", flush=True)
 
     window, window_start, window_step = [], time.monotonic(), first_step
@@ -196,13 +196,6 @@ def _window_means(window: list[dict]) -> dict[str, float]:
         values = torch.stack([torch.as_tensor(report[key], dtype=torch.float32) for report in window])
         means[key] = float((sum_over_ranks(values) if "loss" in key else values).mean())
     return means
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Drops the lines of a run that went on after its last checkpoint and was killed: those steps come again."""
-    if log.is_file():
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def _log(writer, output: Path, done: int, config: PretrainConfig, means: dict, rate: float, speed: float) -> None:

@@ -6,7 +6,6 @@ import shutil
 import time
 from pathlib import Path
 
-import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from encoder.distributed import rank, world_size
+from encoder.checkpoint import forget_after
+from encoder.distributed import choose_backend, rank, world_size
 from encoder.errors import DataError
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import SETTINGS_FILE, last_checkpoint, save_mllm
@@ -64,15 +64,9 @@ def train(config: MllmConfig, launched: bool = False) -> Path:
 
 def _start_processes() -> None:
     """Joins the launcher's processes, on GPUs where there are any; nothing to do for a single process."""
-    gpu = torch.cuda.is_available()
-    if not gpu:
-        # DeepSpeed would compile a shared-memory operator first: minutes, and a build that is interrupted leaves a lock
-        # file on which every later run waits for ever. Gloo does without it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = choose_backend()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        torch.distributed.init_process_group(backend)
 
 
 def _say(text: str) -> None:
@@ -270,6 +264,8 @@ class LogLine(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            forget_after(Path(args.output_dir) / "log.jsonl", state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

@@ -23,10 +23,10 @@ from encoder.arguments import add_fields, build, read_recipe
 from encoder.config import PRESETS
 from encoder.data.batches import RegionBatches
 from encoder.data.reader import RegionDataset
-from encoder.distributed import rank, world_size
+from encoder.distributed import choose_backend, rank, world_size
 from encoder.errors import DataError, run_main
 from encoder.losses import LossConfig
-from encoder.model import ClocModel
+from encoder.model import ADDED_TO_CLIP, ClocModel
 from encoder.pretrained import export_clip, folder_kind, from_clip, load_processor
 from encoder.pretraining import PretrainConfig, pretrain, reshape_scalars
 from encoder.processor import ClocImageProcessor, ClocProcessor
@@ -55,13 +55,7 @@ def start_process_group() -> None:
         os.environ |= {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        # DeepSpeed would compile a shared-memory operator first: minutes, and a build that is interrupted leaves a lock
-        # file on which every later run waits for ever. Gloo does without it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(choose_backend(), verbose=False)
 
 
 def make_model(config: PretrainConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
@@ -106,7 +100,7 @@ def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfi
     if config.objective == "clip":
         # Same initial towers as the method's; the Prompter takes no part and is not saved.
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = not name.startswith(("prompter.", "text_prompter.", "box_head.", "region_logit_scale"))
+            parameter.requires_grad = not name.startswith(ADDED_TO_CLIP)
     batches = RegionBatches(
         dataset,
         processor,

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from encoder.errors import DataError
@@ -27,14 +27,11 @@ class Stage:
     name: short, unique, names the log files
     title: what a person reads while it runs
     commands: argument lists; they run at the same time and share the processor cores evenly
-    threads: of each command; None shares the cores out
     """
 
     name: str
     title: str
     commands: list[list[str]]
-    threads: int | None = None
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def _last_line(log: Path) -> str:
@@ -48,8 +45,8 @@ def _last_line(log: Path) -> str:
 
 def _run(stage: Stage, logs: Path, number: str) -> float:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = stage.threads or max(1, cores // len(stage.commands))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **stage.environment}
+    threads = max(1, cores // len(stage.commands))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     start, processes, paths = time.monotonic(), [], []
     failed = None
     interactive = sys.stderr.isatty()
