@@ -58,6 +58,9 @@ def parse_arguments() -> argparse.Namespace:
         help="objects' long side, px (default %(default)s)",
     )
     parser.add_argument(
+        "--questions", type=int, default=8, help="most records of one question about a scene (default %(default)s)"
+    )
+    parser.add_argument(
         "--objects",
         type=int,
         nargs=2,
@@ -84,6 +87,7 @@ def main() -> None:
         num_train=arguments.train,
         num_eval=arguments.eval,
         turns=arguments.turns,
+        questions=arguments.questions,
         pictures=arguments.pictures,
         backgrounds=arguments.backgrounds,
         config=config,

@@ -37,8 +37,8 @@ def mllm_command(tower: str, out: Path) -> list[str]:
     script, align = [PYTHON, "scripts/finetune_mllm.py"], out / f"align_{tower}"
 
     def data(scenes: Path) -> list[str]:
-        conversations = scenes / "conversations"
-        files = ["--data", str(conversations / "train.json"), "--val_data", str(conversations / "val.json")]
+        questions = scenes / "questions"
+        files = ["--data", str(questions / "train.json"), "--val_data", str(questions / "val.json")]
         return [*files, "--images", str(scenes / "images")]
 
     texts = [str(out / name / "conversations" / "train.json") for name in ("scenes", "words")]

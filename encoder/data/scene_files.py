@@ -1,7 +1,7 @@
 """Scenes in the formats that real data has: WebDataset region shards, LLaVA conversations, RefCOCO, COCO instances.
 
 A folder of scenes holds `manifest.json` (written last), `images/<split>/<id>.png`, `shards/train/*.tar`,
-`conversations/{train,val}.json`, `refcoco/{refs(unc).p,instances.json}` and `regions/{seen,unseen}.json`. Boxes are
+`conversations/{train,val}.json`, `questions/{train,val}.json` (one question a record), `refcoco/{refs(unc).p,instances.json}` and `regions/{seen,unseen}.json`. Boxes are
 pixel xyxy floats, but xywh in the two COCO-style files, as that format has it.
 """
 
@@ -29,6 +29,7 @@ from encoder.errors import DataError
 FORMAT = "scenes/1"
 SHARD_SCENES = 1000
 EVAL_SPLITS = ("val", "testA", "testB")
+LLAVA_KINDS = ("conversations", "questions")
 EVAL_CHUNK = 50  # scenes drawn by a worker at a time where the number needed is not known beforehand
 
 
@@ -42,6 +43,7 @@ class SceneJob:
     pictures: "base", "new", or a folder of RGBA cut-outs
     backgrounds: a folder of photographs, or None for plain colours and gradients
     turns: most question and answer pairs in a conversation
+    questions: most records of one question about a scene
     config: how scenes look
     """
 
@@ -51,10 +53,11 @@ class SceneJob:
     pictures: str = "base"
     backgrounds: str | None = None
     turns: int = 6
+    questions: int = 8
     config: SceneConfig = SceneConfig()
 
     def __post_init__(self):
-        for key in ("num_train", "num_eval", "turns"):
+        for key in ("num_train", "num_eval", "turns", "questions"):
             if getattr(self, key) < 1:
                 raise DataError(f"{key} is {getattr(self, key)}; give at least 1")
 
@@ -111,25 +114,52 @@ def conversation(drawn: DrawnScene, seed: int, turns: int) -> dict:
     if not referring and not grounding:  # nothing is clearly true of any object: ask for a name instead
         referring = {objects[order[0]].name: order[0]}
     chosen = sorted([*referring.values(), *grounding])
-    regions = [{"box": list(objects[index].box)} for index in chosen]
     asked = list(enumerate(chosen))
     rng.shuffle(asked)
     messages = []
     for region, index in asked:
-        if index in grounding:
-            question, answer = GROUNDING_QUESTION.format(rng.choice(texts[index])), f"<box:{region}>"
-        else:
-            question, answer = REFERRING_QUESTION.format(f"<region:{region}>"), objects[index].name
-        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        messages += _where(rng.choice(texts[index]), region) if index in grounding else _what(objects[index].name, region)
+    return _llava_record(drawn, drawn.name, messages, chosen)
+
+
+def single_questions(drawn: DrawnScene, seed: int, number: int) -> list[dict]:
+    """Up to `number` LLaVA records of one question each about a scene, a third of them for a name; none gives another's
+    answer away, since each is a conversation of its own. An object may be asked for more than once, in other words."""
+    rng = Random(f"{seed}/questions/{drawn.name}")
+    objects, expressions = drawn.scene.objects, drawn.scene.expressions
+    num_names = min(len(objects), number // 3 + (rng.random() < number % 3 / 3))
+    asked = [(index, _what(objects[index].name, 0)) for index in rng.sample(range(len(objects)), num_names)]
+    chosen = rng.sample(expressions, min(len(expressions), number - num_names))
+    asked += [(index, _where(text, 0)) for index, text, _ in chosen]
+    return [
+        _llava_record(drawn, f"{drawn.name}/{position}", messages, [index])
+        for position, (index, messages) in enumerate(asked)
+    ]
+
+
+def _where(expression: str, region: int) -> list[dict]:
+    return _turn(GROUNDING_QUESTION.format(expression), f"<box:{region}>")
+
+
+def _what(name: str, region: int) -> list[dict]:
+    return _turn(REFERRING_QUESTION.format(f"<region:{region}>"), name)
+
+
+def _turn(question: str, answer: str) -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def _llava_record(drawn: DrawnScene, identity: str, messages: list[dict], regions: list[int]) -> dict:
+    """regions: indices of the objects that `<region:i>` and `<box:i>` count through"""
     messages[0]["value"] = "<image>\n" + messages[0]["value"]
     width, height = drawn.size
     return {
-        "id": drawn.name,
+        "id": identity,
         "image": f"{drawn.name}.png",
         "width": width,
         "height": height,
         "conversations": messages,
-        "regions": regions,
+        "regions": [{"box": list(drawn.scene.objects[index].box)} for index in regions],
     }
 
 
@@ -257,12 +287,19 @@ def _write_images(folder: Path, scenes: list[DrawnScene]) -> None:
         (folder / "images" / f"{drawn.name}.png").write_bytes(drawn.png)
 
 
-def _train_chunk(chunk: tuple[str, int, int]) -> tuple[int, list[dict]]:
-    """Draws and writes one shard with its images; returns its number of scenes and their conversations."""
+def _train_chunk(chunk: tuple[str, int, int]) -> tuple[int, dict[str, list[dict]]]:
+    """Draws and writes one shard with its images; returns its number of scenes and their LLaVA records by kind."""
     scenes, job, folder = _draw_chunk(chunk), _worker["job"], _worker["folder"]
     write_shard(folder / "shards" / "train" / f"{chunk[1] // SHARD_SCENES:05d}.tar", scenes)
     _write_images(folder, scenes)
-    return len(scenes), [conversation(drawn, job.seed, job.turns) for drawn in scenes]
+    return len(scenes), _llava_records(scenes, job)
+
+
+def _llava_records(scenes: list[DrawnScene], job: SceneJob) -> dict[str, list[dict]]:
+    return {
+        "conversations": [conversation(drawn, job.seed, job.turns) for drawn in scenes],
+        "questions": [record for drawn in scenes for record in single_questions(drawn, job.seed, job.questions)],
+    }
 
 
 def write_scenes(folder: Path, job: SceneJob, workers: int, progress: bool = True) -> dict:
@@ -273,7 +310,7 @@ def write_scenes(folder: Path, job: SceneJob, workers: int, progress: bool = Tru
     seen, unseen = load_library(job.pictures, job.seed)
     photos = photographs(job.backgrounds) if job.backgrounds else []
     image_folders = [f"images/{split}" for split in ("train", *EVAL_SPLITS, "unseen")]
-    for sub in ("shards/train", "conversations", "refcoco", "regions", *image_folders):
+    for sub in ("shards/train", *LLAVA_KINDS, "refcoco", "regions", *image_folders):
         (folder / sub).mkdir(parents=True)
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(job, folder, seen, unseen, photos))
     names = {"seen": sorted({item.name for item in seen}), "unseen": sorted({item.name for item in unseen})}
@@ -287,19 +324,21 @@ def write_scenes(folder: Path, job: SceneJob, workers: int, progress: bool = Tru
 
 
 def _write_train(pool: Executor, folder: Path, job: SceneJob, progress: bool) -> dict:
-    total, conversations = job.num_train, []
+    total = job.num_train
+    llava: dict[str, list[dict]] = {kind: [] for kind in LLAVA_KINDS}
     shards = [("train", start, min(start + SHARD_SCENES, total)) for start in range(0, total, SHARD_SCENES)]
     with tqdm(total=total, desc="train", unit="scene", disable=not progress) as bar:
         for number, records in pool.map(_train_chunk, shards):
-            conversations += records
+            for kind in LLAVA_KINDS:
+                llava[kind] += records[kind]
             bar.update(number)
-    _write_json(folder / "conversations" / "train.json", conversations)
+    _write_llava(folder, "train", llava)
     return {"scenes": total}
 
 
 def _write_eval(pool: Executor, folder: Path, job: SceneJob, names: dict, workers: int, progress: bool) -> dict:
     """val, testA and testB until each has the expressions wanted, and as many scenes of unseen pictures as val has."""
-    counts, conversations = {}, []
+    counts: dict[str, dict[str, int]] = {}
     refcoco, seen, unseen = CocoFiles(names["seen"]), CocoFiles(names["seen"]), CocoFiles(names["unseen"])
     for split in EVAL_SPLITS:
         scenes, before = [], refcoco.num_sentences
@@ -316,12 +355,11 @@ def _write_eval(pool: Executor, folder: Path, job: SceneJob, names: dict, worker
         if split == "val":
             for drawn in scenes:
                 seen.add(drawn)
-            conversations = [conversation(drawn, job.seed, job.turns) for drawn in scenes]
+            _write_llava(folder, "val", _llava_records(scenes, job))
     for drawn in islice(_scenes_of(pool, "unseen", workers), counts["val"]["scenes"]):
         unseen.add(drawn)
         _write_images(folder, [drawn])
     counts["unseen"] = {"scenes": len(unseen.images), "objects": len(unseen.annotations)}
-    _write_json(folder / "conversations" / "val.json", conversations)
     _write_json(folder / "regions" / "seen.json", seen.instances())
     _write_json(folder / "regions" / "unseen.json", unseen.instances())
     _write_json(folder / "refcoco" / "instances.json", refcoco.instances())
@@ -336,6 +374,11 @@ def _scenes_of(pool: Executor, split: str, workers: int) -> Iterator[DrawnScene]
         chunks = [(split, first + number * EVAL_CHUNK, first + (number + 1) * EVAL_CHUNK) for number in range(workers)]
         for scenes in pool.map(_draw_chunk, chunks):
             yield from scenes
+
+
+def _write_llava(folder: Path, split: str, records: dict[str, list[dict]]) -> None:
+    for kind in LLAVA_KINDS:
+        _write_json(folder / kind / f"{split}.json", records[kind])
 
 
 def _write_json(path: Path, value) -> None:
