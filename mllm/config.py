@@ -50,8 +50,10 @@ class MllmConfig:
     geometry: how a picture becomes the square input, pad or squash; none takes the tower's
     codec: how boxes are written: int1000
     template: auto (the tokenizer's own where it marks the assistant's text), simple, vicuna_v1 or plain
-    max_length: longest conversation in tokens, picture included; longer ones are cut, and counted
-    batch_size: conversations per process and step
+    max_length: longest row in tokens, picture included; longer conversations are cut, and counted
+    share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
+        The same losses and gradients as in rows of their own, and the picture is run once
+    batch_size: rows per process and step; a row is a conversation, or all those of a picture with share_pictures
     gradient_accumulation: batches per optimizer step
     epochs: passes over the data
     max_steps: optimizer steps; 0 leaves it to epochs
@@ -103,6 +105,7 @@ class MllmConfig:
     codec: str = "int1000"
     template: str = "auto"
     max_length: int = 2048
+    share_pictures: bool = False
     batch_size: int = 16
     gradient_accumulation: int = 1
     epochs: float = 1.0
@@ -174,6 +177,8 @@ class MllmConfig:
             raise DataError("llm_preset starts from random weights, but train lacks llm; add it")
         if self.cache_features and "tower" in self.train:
             raise DataError("cache_features keeps a frozen tower's features, but train names tower; drop one of the two")
+        if self.share_pictures and self.attention != "sdpa":
+            raise DataError(f"share_pictures needs a mask that attention {self.attention} does not take; choose sdpa")
         rates = {"projector": self.projector_learning_rate, "tower": self.tower_learning_rate}
         for part, rate in rates.items():
             if rate is not None and part not in self.train:

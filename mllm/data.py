@@ -1,7 +1,7 @@
 """Conversations on disk -> checked records -> token rows -> batches.
 
 Everything is read, checked and tokenised before training starts, so that a bad record is named at once and a step costs
-nothing but its tensors. (B conversations, L tokens, N image tokens, I pictures of the batch.)
+nothing but its tensors. (B rows, L tokens, N image tokens, I pictures of the batch.)
 """
 
 import json
@@ -20,6 +20,7 @@ from encoder.geometry import Geometry
 from mllm.box_text import BoxCodec
 from mllm.conversation import IGNORE, IMAGE, PLACEHOLDER, ROLES, messages_of, tokenize
 from mllm.image_input import ImageInput, no_picture, read_picture
+from mllm.packing import NO_TOKEN, TokenRow, attention_of, own_row, share_pictures
 
 CHUNK = 1000
 
@@ -59,11 +60,14 @@ def texts_of(path: str | Path) -> list[str]:
     return [PLACEHOLDER.sub("", text).replace(IMAGE, "").strip() for text in turns]
 
 
-def check_record(record: dict, images: Path) -> None:
-    """Raises a `DataError` naming file, id and key where a record cannot be used; fills in width and height."""
+def check_record(record: dict, images: Path, sizes: dict[Path, tuple[int, int]] | None = None) -> None:
+    """Raises a `DataError` naming file, id and key where a record cannot be used; fills in width and height.
+
+    sizes: of pictures seen before, so that each is opened once
+    """
     _check_turns(record)
     if "image" in record:
-        _check_image(record, images)
+        _check_image(record, images, {} if sizes is None else sizes)
     _check_regions(record, record["conversations"])
 
 
@@ -84,15 +88,17 @@ def _check_turns(record: dict) -> None:
         raise DataError(f"{where}: {IMAGE} is written but key 'image' is missing; add it or take the mark out")
 
 
-def _check_image(record: dict, images: Path) -> None:
+def _check_image(record: dict, images: Path, sizes: dict[Path, tuple[int, int]]) -> None:
     where, path = record["_where"], images / str(record["image"])
     try:
-        with Image.open(path) as image:  # reads the header only
-            size = image.size
+        if path not in sizes:
+            with Image.open(path) as image:  # reads the header only
+                sizes[path] = image.size
     except FileNotFoundError:
         raise DataError(f"{where}: image {path} does not exist; check 'image' and the folder of images") from None
     except OSError:
         raise DataError(f"{where}: image {path} cannot be read as a picture; replace it or drop the record") from None
+    size = sizes[path]
     told = (record.get("width", size[0]), record.get("height", size[1]))
     if told != size:
         raise DataError(
@@ -123,12 +129,11 @@ def _check_regions(record: dict, turns: list[dict]) -> None:
 
 
 class ConversationDataset(Dataset):
-    """Checked and tokenised conversations.
+    """Checked and tokenised conversations, one a row or, with `shared_pictures`, all about one picture in a row.
 
-    image_files: distinct pictures in order of first use; image_index (n,) int32: which one each conversation is about,
-        -1 for none
-    lengths: (n,) tokens of each conversation with its picture's tokens
-    num_cut: conversations that were cut at `max_length`
+    image_files: distinct pictures in order of first use; image_index (n,) int32: which one each row is about, -1 for none
+    lengths: (n,) tokens of each row with its picture's tokens
+    num_records: conversations in all rows; num_cut: those that were cut at `max_length`
     """
 
     def __init__(
@@ -140,33 +145,45 @@ class ConversationDataset(Dataset):
         codec: BoxCodec,
         num_image_tokens: int,
         max_length: int,
+        shared_pictures: bool = False,
         progress: bool = True,
     ):
         self.images, self.image, self.num_image_tokens = Path(images), image, num_image_tokens
         if not self.images.is_dir():
             raise DataError(f"folder of images {images} does not exist; check images in the recipe")
         records = [record for file in files for record in read_records(file)]
+        sizes: dict[Path, tuple[int, int]] = {}
         for record in tqdm(records, desc="check", unit="record", disable=not progress):
-            check_record(record, self.images)
+            check_record(record, self.images, sizes)
         used: dict[str, int] = {}
-        index = [used.setdefault(record["image"], len(used)) if "image" in record else -1 for record in records]
-        self.image_files, self.image_index = list(used), np.asarray(index, np.int32)
-        self._tokenise(records, tokenizer, codec, max_length, progress)
+        for record in records:
+            if "image" in record:
+                used.setdefault(record["image"], len(used))
+        self.image_files, self.num_records, self.num_cut = list(used), len(records), 0
+        rows = self._tokenise(records, used, tokenizer, codec, max_length, progress)
+        if shared_pictures:
+            rows = share_pictures(rows, tokenizer.convert_tokens_to_ids(IMAGE), num_image_tokens, max_length)
+        self._keep(rows)
 
-    def _tokenise(self, records: list[dict], tokenizer, codec: BoxCodec, max_length: int, progress: bool) -> None:
-        ids, masks = [], []
-        self.num_cut = 0
+    def _tokenise(self, records, used, tokenizer, codec: BoxCodec, max_length: int, progress: bool) -> list[TokenRow]:
+        rows = []
         for start in tqdm(range(0, len(records), CHUNK), desc="tokenise", unit="k", disable=not progress):
             chunk = records[start : start + CHUNK]
             messages = [messages_of(record, self._geometry(record), codec) for record in chunk]
             pictures = ["image" in record for record in chunk]
-            rows = tokenize(tokenizer, messages, [r["_where"] for r in chunk], pictures, self.num_image_tokens, max_length)
-            for row_ids, row_mask, cut in rows:
-                ids.append(row_ids)
-                masks.append(row_mask)
+            tokens = tokenize(tokenizer, messages, [r["_where"] for r in chunk], pictures, self.num_image_tokens, max_length)
+            for record, (ids, supervised, cut) in zip(chunk, tokens, strict=True):
+                rows.append(own_row(ids, supervised, used.get(record.get("image"), -1)))
                 self.num_cut += cut
-        self._starts = np.cumsum([0] + [len(row) for row in ids])
-        self._ids, self._mask = np.concatenate(ids), np.concatenate(masks)
+        return rows
+
+    def _keep(self, rows: list[TokenRow]) -> None:
+        """Few long arrays in place of many objects: forked workers then share their memory."""
+        self._starts = np.cumsum([0] + [len(row.ids) for row in rows])
+        self._ids, self._supervised, self._segments = (
+            np.concatenate([getattr(row, key) for row in rows]) for key in ("ids", "supervised", "segments")
+        )
+        self.image_index = np.asarray([row.image for row in rows], np.int32)
         self.lengths = np.diff(self._starts) + (self.image_index >= 0) * (self.num_image_tokens - 1)
 
     def _geometry(self, record: dict) -> Geometry | None:
@@ -175,14 +192,10 @@ class ConversationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.image_index)
 
-    def __getitem__(self, index: int) -> dict:
-        """{"input_ids" (L,), "supervised" (L,) bool, "image": index into image_files or -1}; one mark per picture."""
-        start, end = self._starts[index], self._starts[index + 1]
-        return {
-            "input_ids": self._ids[start:end],
-            "supervised": self._mask[start:end],
-            "image": int(self.image_index[index]),
-        }
+    def __getitem__(self, index: int) -> TokenRow:
+        """The row, its picture still one mark."""
+        part = slice(self._starts[index], self._starts[index + 1])
+        return TokenRow(self._ids[part], self._supervised[part], self._segments[part], int(self.image_index[index]))
 
     def pixels(self, index: int) -> Tensor:
         """(3, size, size) float32: the picture of that index in `image_files`."""
@@ -202,27 +215,33 @@ class Collator:
         self.pictures, self.blank = pictures, blank
         self.image_token_id, self.pad_token_id, self.num_image_tokens = image_token_id, pad_token_id, num_image_tokens
 
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        """-> input_ids, attention_mask, labels: (B, L) int64; pixel_values: (I, ...)."""
-        tokens = [self._widen(row["input_ids"], row["supervised"]) for row in rows]
-        pictures = [self.pictures(row["image"]) for row in rows if row["image"] >= 0]
+    def __call__(self, rows: list[TokenRow]) -> dict[str, Tensor]:
+        """-> input_ids, labels: (B, L) int64; pixel_values: (I, ...); attention_mask: (B, L) int64.
+
+        Where a row holds several records: attention_mask (B, 1, L, L) bool, and position_ids (B, L) int64.
+        """
+        pictures = [self.pictures(row.image) for row in rows if row.image >= 0]
         if not pictures:
-            blank = np.full(self.num_image_tokens, self.image_token_id, np.int64)
-            tokens.append((blank, np.zeros(len(blank), bool)))
-            pictures = [self.blank]
-        shape = len(tokens), max(len(ids) for ids, _ in tokens)
-        input_ids = np.full(shape, self.pad_token_id, np.int64)
-        labels, mask = np.full(shape, IGNORE, np.int64), np.zeros(shape, np.int64)
-        for index, (ids, supervised) in enumerate(tokens):
-            input_ids[index, : len(ids)] = ids
-            mask[index, : len(ids)] = 1
-            labels[index, : len(ids)] = np.where(supervised, ids, IGNORE)
-        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+            mark = np.array([self.image_token_id], np.int32)
+            rows, pictures = [*rows, own_row(mark, np.zeros(1, bool), 0)], [self.blank]
+        rows = [self._widen(row) for row in rows]
+        shape = len(rows), max(len(row.ids) for row in rows)
+        input_ids, labels = np.full(shape, self.pad_token_id, np.int64), np.full(shape, IGNORE, np.int64)
+        segments = np.full(shape, NO_TOKEN, np.int16)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row.ids)] = row.ids
+            labels[index, : len(row.ids)] = np.where(row.supervised, row.ids, IGNORE)
+            segments[index, : len(row.ids)] = row.segments
+        batch = {"input_ids": input_ids, "labels": labels}
+        if segments.max() > 0:
+            batch["attention_mask"], batch["position_ids"] = attention_of(segments)
+        else:
+            batch["attention_mask"] = (segments != NO_TOKEN).astype(np.int64)
         return {key: torch.from_numpy(value) for key, value in batch.items()} | {"pixel_values": torch.stack(pictures)}
 
-    def _widen(self, ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        times = np.where(ids == self.image_token_id, self.num_image_tokens, 1)
-        return np.repeat(ids, times).astype(np.int64), np.repeat(supervised, times)
+    def _widen(self, row: TokenRow) -> TokenRow:
+        times = np.where(row.ids == self.image_token_id, self.num_image_tokens, 1)
+        return TokenRow(*(np.repeat(value, times) for value in (row.ids, row.supervised, row.segments)), row.image)
 
 
 def pixel_collator(dataset: ConversationDataset, image_token_id: int, pad_token_id: int) -> Collator:

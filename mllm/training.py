@@ -113,10 +113,11 @@ def _dataset(config: MllmConfig, mllm: Mllm, files: list[str]) -> ConversationDa
         BoxCodec(mllm.settings.codec),
         mllm.num_image_tokens,
         config.max_length,
+        config.share_pictures,
         progress=rank() == 0,
     )
     if dataset.num_cut:
-        _say(f"{dataset.num_cut} of {len(dataset)} conversations were cut at {config.max_length} tokens")
+        _say(f"{dataset.num_cut} of {dataset.num_records} conversations were cut at {config.max_length} tokens")
     return dataset
 
 
@@ -260,7 +261,7 @@ def parameter_groups(model: nn.Module, config: MllmConfig) -> list[dict]:
 
 
 class LogLine(TrainerCallback):
-    """One line per interval: step, loss, rate, gradient norm, conversations per second, time left; and in log.jsonl."""
+    """One line per interval: step, loss, rate, gradient norm, rows per second, time left; and in log.jsonl."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
@@ -283,7 +284,7 @@ class LogLine(TrainerCallback):
             print(
                 f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
                 f"lr {float(logs['learning_rate']):.2e}  grad norm {float(logs.get('grad_norm', 0)):.2f}  "
-                f"{steps * batch / seconds:.1f} conversations/s  {left:.0f} s left",
+                f"{steps * batch / seconds:.1f} rows/s  {left:.0f} s left",
                 flush=True,
             )
 
@@ -294,7 +295,7 @@ def _describe(config: MllmConfig, mllm: Mllm, dataset: ConversationDataset) -> N
         counts[part_of(name)] += parameter.numel() * parameter.requires_grad
     trained = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in counts.items() if count)
     print(
-        f"{len(dataset)} conversations on {len(dataset.image_files)} pictures, "
+        f"{dataset.num_records} conversations on {len(dataset.image_files)} pictures in {len(dataset)} rows, "
         f"{dataset.lengths.mean():.0f} tokens each on average; training {trained}",
         flush=True,
     )

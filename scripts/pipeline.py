@@ -22,6 +22,12 @@ def scenes_command(folder: Path, pictures: str, train: int, evaluate: int, seed:
     return [PYTHON, "scripts/make_scenes.py", "--out", str(folder), "--pictures", pictures, *numbers]
 
 
+def training_data(scenes: Path) -> list[str]:
+    """Flags of finetune_mllm.py: the questions of a folder of scenes, and its validation split for the held-out loss."""
+    train, val = (str(scenes / "questions" / f"{split}.json") for split in ("train", "val"))
+    return ["--data", train, "--val_data", val, "--images", str(scenes / "images")]
+
+
 def mllm_evaluations(model: Path, scenes: Path, out: Path) -> list[str]:
     """Grounding and referring of one MLLM on all RefCOCO splits of the scenes."""
     data = ["--model", str(model), "--data", str(scenes / "refcoco"), "--images", str(scenes / "images"), "--out", str(out)]

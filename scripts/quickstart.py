@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from encoder.errors import DataError, run_main
-from pipeline import PYTHON, TOWERS, mllm_evaluations, scenes_command
+from pipeline import PYTHON, TOWERS, mllm_evaluations, scenes_command, training_data
 from stages import Stage, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +27,8 @@ NOTE = (
 def finetune_command(tower: str, folder: Path, scenes: Path, steps: int, port: int) -> list[str]:
     """Finetunes one base under the deepspeed launcher."""
     launcher = [PYTHON, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(port)]
-    data = ["--data", str(scenes / "conversations" / "train.json"), "--images", str(scenes / "images")]
     more = ["--model", str(ROOT / "weights" / f"mllm_{tower}"), "--output", str(folder), "--max_steps", str(steps)]
-    return [*launcher, "scripts/finetune_mllm.py", "scripts/recipes/nano_finetune.yaml", *data, *more]
+    return [*launcher, "scripts/finetune_mllm.py", "scripts/recipes/nano_finetune.yaml", *training_data(scenes), *more]
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=500, help="expressions of each of val, testA, testB (default 500)")
     parser.add_argument("--seed", type=int, default=1, help="of the scenes (default 1)")
     arguments = parser.parse_args()
-    missing = [name for tower in TOWERS for name in (tower, f"mllm_{tower}") if not (ROOT / "weights" / name).is_dir()]
+    missing = [f"mllm_{tower}" for tower in TOWERS if not (ROOT / "weights" / f"mllm_{tower}").is_dir()]
     if missing:
         raise DataError(f"{ROOT / 'weights'} lacks {', '.join(missing)}; check the clone, or run `make reproduce` to make them")
     os.chdir(ROOT)

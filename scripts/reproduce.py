@@ -11,12 +11,11 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 
 from encoder.errors import run_main
-from pipeline import PYTHON, TOWERS, in_order, mllm_evaluations, region_evaluations, scenes_command
-from stages import Stage, run_stages
+from pipeline import PYTHON, TOWERS, in_order, mllm_evaluations, region_evaluations, scenes_command, training_data
+from stages import Stage, commit, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 # CLIP reads best from the layer before the last, CLOC from the last; docs/results.md has the measurement.
@@ -35,44 +34,42 @@ def mllm_command(tower: str, out: Path) -> list[str]:
     The tokenizer also reads the words of the later domain, as any grown-up one has.
     """
     script, align = [PYTHON, "scripts/finetune_mllm.py"], out / f"align_{tower}"
-
-    def data(scenes: Path) -> list[str]:
-        questions = scenes / "questions"
-        files = ["--data", str(questions / "train.json"), "--val_data", str(questions / "val.json")]
-        return [*files, "--images", str(scenes / "images")]
-
     texts = [str(out / name / "conversations" / "train.json") for name in ("scenes", "words")]
     start = ["--tower", str(out / tower / "model"), "--feature_layer", str(FEATURE_LAYER[tower]), "--tokenizer_data", *texts]
-    first = [*script, "scripts/recipes/nano_align.yaml", *data(out / "easy"), *start, "--output", str(align)]
+    first = [*script, "scripts/recipes/nano_align.yaml", *training_data(out / "easy"), *start, "--output", str(align)]
     more = ["--model", str(align), "--output", str(out / f"mllm_{tower}")]
-    return in_order([first, [*script, "scripts/recipes/nano_base.yaml", *data(out / "scenes"), *more]])
+    return in_order([first, [*script, "scripts/recipes/nano_base.yaml", *training_data(out / "scenes"), *more]])
 
 
 def ship(out: Path, weights: Path) -> None:
-    """Copies the four finished folders into `weights`, each with its log, and writes provenance.json beside them."""
+    """Copies the four finished folders into `weights`, each with its logs, and writes provenance.json beside them."""
     for tower in TOWERS:
-        for name, source in ((tower, out / tower / "model"), (f"mllm_{tower}", out / f"mllm_{tower}")):
-            target = weights / name
-            if target.exists():
-                shutil.rmtree(target)
-            target.mkdir(parents=True)
-            for file in source.iterdir():
-                if file.is_file() and file.suffix in (".safetensors", ".json", ".model", ".jinja"):
-                    shutil.copy2(file, target / file.name)
-            log = (out / tower if source.name == "model" else source) / "log.jsonl"
-            if log.is_file():
-                shutil.copy2(log, target / "log.jsonl")
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    stages = {file.stem: json.loads(file.read_text()) for file in sorted((out / "done").glob("*.json"))}
+        mllm, align = out / f"mllm_{tower}", out / f"align_{tower}"
+        _copy(out / tower / "model", weights / tower, {"log.jsonl": out / tower / "log.jsonl"})
+        logs = {f"{name}_align{suffix}": align / f"{name}{suffix}" for name, suffix in (("log", ".jsonl"), ("run", ".json"))}
+        _copy(mllm, weights / f"mllm_{tower}", {"log.jsonl": mllm / "log.jsonl", **logs})
+    stages = {file.stem: json.loads(file.read_text()) for file in (out / "done").glob("*.json")}
     record = {
         "command": "python scripts/reproduce.py",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": commit(),
+        "seed": 0,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
-        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "stages": {name: {key: stage.get(key) for key in ("seconds", "commit")} for name, stage in sorted(stages.items())},
     }
     (weights / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"the shipped weights are in {weights}", flush=True)
+
+
+def _copy(source: Path, target: Path, logs: dict[str, Path]) -> None:
+    """A model's own files, no checkpoints and no features, and its logs under the names given."""
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    kept = [file for file in source.iterdir() if file.suffix in (".safetensors", ".json", ".model", ".jinja")]
+    for name, file in {**{file.name: file for file in kept}, **logs}.items():
+        shutil.copy2(file, target / name)
+        (target / name).chmod(0o644)
 
 
 def main() -> None:

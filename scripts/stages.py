@@ -34,6 +34,15 @@ class Stage:
     commands: list[list[str]]
 
 
+def commit() -> str | None:
+    """The commit of the tree these scripts run in, with a + where tracked files differ from it; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _last_line(log: Path) -> str:
     """The newest line that a log shows a person; progress bars rewrite theirs with a carriage return."""
     with log.open("rb") as file:
@@ -102,8 +111,8 @@ def run_stages(stages: list[Stage], folder: Path) -> None:
             continue
         if not sys.stderr.isatty():
             print(f"{number} {stage.title} ...", flush=True)
+        started_from = commit()
         seconds = _run(stage, logs, number)
-        marker.write_text(
-            json.dumps({"key": key.hexdigest(), "seconds": round(seconds, 1), "commands": stage.commands}, indent=1)
-        )
+        done_now = {"key": key.hexdigest(), "seconds": round(seconds, 1), "commit": started_from, "commands": stage.commands}
+        marker.write_text(json.dumps(done_now, indent=1))
         print(f"{number} {stage.title}: {seconds:.0f} s", flush=True)

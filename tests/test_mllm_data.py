@@ -45,8 +45,8 @@ def test_rows_are_what_a_processor_by_hand_gives(world):
         for index, word in enumerate(words):
             value = value.replace(f"<region:{index}>", word).replace(f"<box:{index}>", word)
         text += f"USER: {value} ASSISTANT:" if turn["from"] == "human" else f" {value}</s>"
-    assert tokenizer.decode(dataset[0]["input_ids"]) == text
-    assert dataset.lengths[0] == len(dataset[0]["input_ids"]) - 1 + NUM_TOKENS
+    assert tokenizer.decode(dataset[0].ids) == text
+    assert dataset.lengths[0] == len(dataset[0].ids) - 1 + NUM_TOKENS
     assert len(dataset) == 8 and dataset.image_index.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
 
 
@@ -64,7 +64,7 @@ def test_a_batch_is_right_padded_with_the_picture_widened(world):
         assert (batch["labels"][row, length:] == IGNORE).all()
         supervised = batch["labels"][row] != IGNORE
         assert torch.equal(batch["labels"][row][supervised], batch["input_ids"][row][supervised])
-        assert int(supervised.sum()) == int(dataset[[0, 6, 1][row]]["supervised"].sum())
+        assert int(supervised.sum()) == int(dataset[[0, 6, 1][row]].supervised.sum())
 
 
 def test_a_batch_without_pictures_gets_a_blank_one_without_labels(world):

@@ -97,7 +97,7 @@ def test_cached_features_give_the_loss_and_the_gradients_of_the_tower_itself(wor
     ids = mllm.model.config.image_token_id, mllm.tokenizer.pad_token_id
     features = cache_features(mllm.model, dataset, tmp_path, batch_size=5, progress=False)
     rows = [dataset[index] for index in (0, 3, 16, 5)]
-    assert not dataset[16]["image"] >= 0  # one of them has no picture
+    assert not dataset[16].image >= 0  # one of them has no picture
     results = {}
     for name in ("tower", "cache"):
         if name == "cache":
@@ -183,7 +183,7 @@ def test_it_learns(world, tmp_path, capsys):
     train(MllmConfig(**fields))
     out = capsys.readouterr().out
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if line.startswith("step")]
-    assert losses[-1] < 0.6 * losses[0] and "held-out loss" in out and "conversations/s" in out
+    assert losses[-1] < 0.6 * losses[0] and "held-out loss" in out and "rows/s" in out
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,29 @@ def test_conversations(folder, split):
     assert 0.5 < grounding / turns < 0.8
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_questions_are_records_of_one_turn_with_true_answers(folder, split):
+    with tarfile.open(folder / "shards" / "train" / "00000.tar") as tar:
+        labels = [json.loads(tar.extractfile(member).read()) for member in tar.getmembers() if member.name.endswith(".json")]
+    truth = {label["image"]: {tuple(region["box"]): region["phrases"][0] for region in label["regions"]} for label in labels}
+    records = read_json(folder / "questions" / f"{split}.json")
+    assert len({record["id"] for record in records}) == len(records)
+    asked: dict[str, list[str]] = {}
+    for record in records:
+        question, answer = (turn["value"] for turn in record["conversations"])
+        (box,) = (tuple(region["box"]) for region in record["regions"])
+        name = truth[record["image"].split("/")[1]][box] if split == "train" else None
+        if question == "<image>\nWhat is <region:0>?":
+            assert answer == name or split == "val"
+        else:
+            expression = re.fullmatch(r"<image>\nWhere is the (.+)\?", question)[1]
+            assert answer == "<box:0>" and (split == "val" or f" {name}" in f" {expression}")
+        asked.setdefault(record["image"], []).append(f"{question} {box}")
+    assert all(len(set(questions)) == len(questions) <= 8 for questions in asked.values())
+    names = sum("What is" in record["conversations"][0]["value"] for record in records)
+    assert 0.2 < names / len(records) < 0.6 and len(asked) == len(read_json(folder / "conversations" / f"{split}.json"))
+
+
 def test_refcoco_layout(folder):
     data = (folder / "refcoco" / "refs(unc).p").read_bytes()
     operations = list(pickletools.genops(data))

@@ -1,8 +1,9 @@
 """Scenes in the formats that real data has: WebDataset region shards, LLaVA conversations, RefCOCO, COCO instances.
 
 A folder of scenes holds `manifest.json` (written last), `images/<split>/<id>.png`, `shards/train/*.tar`,
-`conversations/{train,val}.json`, `questions/{train,val}.json` (one question a record), `refcoco/{refs(unc).p,instances.json}` and `regions/{seen,unseen}.json`. Boxes are
-pixel xyxy floats, but xywh in the two COCO-style files, as that format has it.
+`conversations/{train,val}.json`, `questions/{train,val}.json` (one question a record), `refcoco/{refs(unc).p,
+instances.json}` and `regions/{seen,unseen}.json`. Boxes are pixel xyxy floats, but xywh in the two COCO-style files, as
+that format has it.
 """
 
 import io
@@ -132,8 +133,7 @@ def single_questions(drawn: DrawnScene, seed: int, number: int) -> list[dict]:
     chosen = rng.sample(expressions, min(len(expressions), number - num_names))
     asked += [(index, _where(text, 0)) for index, text, _ in chosen]
     return [
-        _llava_record(drawn, f"{drawn.name}/{position}", messages, [index])
-        for position, (index, messages) in enumerate(asked)
+        _llava_record(drawn, f"{drawn.name}/{position}", messages, [index]) for position, (index, messages) in enumerate(asked)
     ]
 
 

@@ -1,0 +1,121 @@
+"""Rows that share a picture against the same records in rows of their own, in a stock Llava."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from mllm_fixtures import recipe, write_clip, write_conversations
+
+from encoder.errors import DataError
+from mllm.box_text import BoxCodec
+from mllm.config import MllmConfig
+from mllm.data import ConversationDataset, pixel_collator
+from mllm.model import build_mllm
+from mllm.packing import NO_TOKEN, TokenRow, attention_of, own_row, share_pictures
+
+MARK, TOKENS = 7, 4
+
+
+def test_who_sees_whom():
+    mask, positions = attention_of(np.array([[0, 0, 1, 1, 2, NO_TOKEN]]))
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert mask.dtype == bool and (mask[0, 0] == np.array(expected)).all()
+    assert positions[0, :5].tolist() == [0, 1, 2, 3, 2]
+
+
+def row(text: list[int], image: int, supervised_from: int = -1) -> TokenRow:
+    supervised = np.arange(len(text)) >= (supervised_from % len(text))
+    return own_row(np.array(text, np.int32), supervised, image)
+
+
+def test_rows_join_by_picture_and_prefix_up_to_the_limit():
+    rows = [
+        row([1, MARK, 2, 3], 0),
+        row([1, MARK, 4, 4], 1),
+        row([1, MARK, 5, 5], 0),
+        row([9, MARK, 6, 6], 0),  # another prefix
+        row([1, MARK, 8, 8, 8], 0),  # no room: 1 + 4 + 2 + 2 + 3 > 10
+        row([1, MARK, 3, 3], 0),  # goes to the row opened last
+        row([1, 2], -1),
+        row([1, 2], -1),
+        row([1, MARK, 2], 1, supervised_from=2),  # answers at once
+    ]
+    joint = share_pictures(rows, MARK, TOKENS, 10)
+    assert [r.ids.tolist() for r in joint] == [
+        [1, MARK, 2, 3, 5, 5], [1, MARK, 4, 4], [9, MARK, 6, 6], [1, MARK, 8, 8, 8, 3, 3], [1, 2], [1, 2], [1, MARK, 2],
+    ]  # fmt: skip
+    assert joint[0].segments.tolist() == [0, 0, 1, 1, 2, 2] and joint[0].supervised.tolist() == [0, 0, 0, 1, 0, 1]
+    assert [r.image for r in joint] == [0, 1, 0, 0, -1, -1, 1]
+    assert sum(r.supervised.sum() for r in joint) == sum(r.supervised.sum() for r in rows)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Three pictures with three records each, one question in a record, and a record without a picture."""
+    folder = tmp_path_factory.mktemp("world")
+    path = write_conversations(folder, 3, text_only=1)
+    write_clip(folder / "clip")
+    records = []
+    for record in json.loads(path.read_text()):
+        turns = record["conversations"]
+        for number in range(0, len(turns), 2)[:3]:
+            question, answer = turns[number : number + 2]
+            text = question["value"].removeprefix("<image>\n")
+            mark = "<image>\n" if "image" in record else ""
+            pair = [{"from": "human", "value": mark + text}, answer]
+            records.append({**record, "id": f"{record['id']}/{number}", "conversations": pair})
+    path.write_text(json.dumps(records))
+    mllm = build_mllm(MllmConfig(**recipe(folder)))
+    return folder, path, mllm
+
+
+def dataset_of(world, shared: bool, max_length: int = 256) -> ConversationDataset:
+    folder, path, mllm = world
+    image, tokens = mllm.settings.image, mllm.num_image_tokens
+    arguments = [str(path)], folder / "images", mllm.tokenizer, image, BoxCodec(), tokens, max_length, shared
+    return ConversationDataset(*arguments, progress=False)
+
+
+def loss_and_gradients(world, dataset, rows):
+    mllm = world[2]
+    collate = pixel_collator(dataset, mllm.model.config.image_token_id, mllm.tokenizer.pad_token_id)
+    mllm.model.zero_grad()
+    batch = collate([dataset[index] for index in rows])
+    loss = mllm.model(**batch).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in mllm.model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients, batch
+
+
+def test_shared_rows_give_the_loss_and_the_gradients_of_their_records(world):
+    apart, shared = dataset_of(world, False), dataset_of(world, True)
+    assert len(apart) == 10 and len(shared) == 4 and apart.num_records == shared.num_records == 10
+    assert shared.lengths.sum() < 0.75 * apart.lengths.sum()
+    loss, gradients, batch = loss_and_gradients(world, apart, range(10))
+    joint_loss, joint_gradients, joint_batch = loss_and_gradients(world, shared, range(4))
+    assert batch["attention_mask"].ndim == 2 and joint_batch["attention_mask"].ndim == 4
+    assert joint_loss == pytest.approx(loss, rel=1e-6)
+    assert gradients.keys() == joint_gradients.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(joint_gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_picture_with_more_than_fits_has_several_rows(world):
+    short = dataset_of(world, True, max_length=25 + 70)
+    assert 4 < len(short) < 10 and short.num_cut == 0 and max(short.lengths) <= 95
+    _, gradients, _ = loss_and_gradients(world, short, range(len(short)))
+    _, expected, _ = loss_and_gradients(world, dataset_of(world, False), range(10))
+    torch.testing.assert_close(gradients["lm_head.weight"], expected["lm_head.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_eager_attention_is_refused(world):
+    with pytest.raises(DataError, match="share_pictures needs a mask that attention eager does not take"):
+        MllmConfig(**recipe(world[0], share_pictures=True, attention="eager"))
