@@ -22,16 +22,9 @@ from transformers import (
 from encoder import ClocModel, ClocProcessor
 from encoder.config import tiny
 from encoder.errors import DataError, run_main
-from encoder.pretrained import (
-    export_clip,
-    export_vision,
-    folder_kind,
-    from_clip,
-    load_encoder,
-    load_processor,
-    load_vision_tower,
-    weights_hash,
-)
+from encoder.export import export_clip, export_vision
+from encoder.from_clip import from_clip
+from encoder.pretrained import folder_kind, load_encoder, load_processor, load_vision_tower, weights_hash
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
 
