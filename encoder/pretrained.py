@@ -149,6 +149,13 @@ def _load_tokenizer(folder: Path, limits: dict) -> PreTrainedTokenizerBase:
             f"the tokenizer in {folder} has {len(tokenizer)} ids, the text tower {limits['vocab_size']}; "
             "name the tokenizer that the tower was trained with"
         )
+    # CLIP reads a text's feature at its end token (2: at the highest id, an older rule); another end reads it anywhere.
+    end = limits.get("eos_token_id", 2)
+    if limits.get("model_type") == "clip_text_model" and end not in (2, tokenizer.eos_token_id):
+        raise DataError(
+            f"the tokenizer in {folder} ends a text with id {tokenizer.eos_token_id}, the text tower reads its feature at {end}; "
+            "name the tokenizer that the tower was trained with"
+        )
     # T5's own limit is 512, far beyond the position table of a CLIP.
     tokenizer.model_max_length = min(tokenizer.model_max_length, limits["max_position_embeddings"])
     return tokenizer

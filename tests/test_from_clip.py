@@ -185,3 +185,13 @@ def test_vecap_dfn_with_its_t5_tokenizer(vecap_folder, t5_folder):
 def test_a_tokenizer_larger_than_the_text_tower_is_refused(clip_folder, t5_folder):
     with pytest.raises(DataError, match=r"has 13\d ids, the text tower \d+; name the tokenizer that the tower was trained with"):
         load_processor(clip_folder, tokenizer=t5_folder)
+
+
+def test_a_tokenizer_with_another_end_is_refused(vecap_folder, t5_folder, tmp_path):
+    for path in vecap_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="ends a text with id 1, the text tower reads its feature at 99"):
+        load_processor(tmp_path, tokenizer=t5_folder)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
 from encoder.errors import DataError
-from encoder.model import ClocModel
 from encoder.export import export_clip
+from encoder.model import ClocModel
 from encoder.pretrained import load_encoder, load_processor
 from encoder.processor import ClocProcessor
 from eval import refcoco
