@@ -22,6 +22,7 @@ from encoder.export import export_clip, export_vision
 from encoder.from_clip import POSITIONS, from_clip, resize_positions
 from encoder.losses import LossConfig, cloc_losses
 from encoder.pretrained import folder_kind, load_encoder, load_processor, load_vision_tower, weights_hash
+from encoder.pretraining import reshape_scalars
 
 VOCAB, LENGTH = 64, 24
 
@@ -209,6 +210,18 @@ def test_another_resolution_has_no_class_token_to_keep(siglip_folder, size):
     assert model.encode_image(torch.randn(1, 3, size, size)).tokens.shape == (1, (size // 8) ** 2, 32)
     if size == 32:
         assert torch.equal(resized, table)
+
+
+@torch.no_grad()
+def test_saved_after_training_the_scalars_have_siglips_shape(siglip_folder, tmp_path):
+    """DeepSpeed trains every temperature as (1,); CLIP's go back to (), SigLIP's are (1,) in stock folders."""
+    model = from_clip(siglip_folder)
+    reshape_scalars(model, (1,))
+    reshape_scalars(model, model.scalar_shape)
+    model.save_pretrained(tmp_path / "cloc")
+    export_clip(model, tmp_path / "siglip")
+    assert weights_hash(load_encoder(tmp_path / "cloc")) == weights_hash(model)
+    assert weights_hash(stock(tmp_path / "siglip")) == weights_hash(stock(siglip_folder))
 
 
 def test_siglip_2_naflex_and_a_tower_alone_are_refused(siglip_folder, tmp_path):
