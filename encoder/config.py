@@ -3,68 +3,116 @@
 Every point that the paper leaves open is a field here or in `encoder.losses.LossConfig`; the default is our reading of it.
 """
 
-from transformers import CLIPConfig
+from dataclasses import dataclass
+
+from transformers import CLIPConfig, SiglipConfig
 
 from encoder.errors import DataError
 
 READOUTS = ("mean", "prompt")
 
 
-class ClocConfig(CLIPConfig):
-    """Configuration of `ClocModel`.
+@dataclass(kw_only=True)
+class RegionConfig:
+    """What CLOC adds to a tower's configuration: the Prompter's fields, the same for every kind of tower.
 
-    text_config, vision_config, projection_dim, logit_scale_init_value: as in `transformers.CLIPConfig`
     prompter_readout: what becomes the region feature: `mean` of all tokens after the layer (the paper's "global average
         pooler"), or the mean of the `prompt` tokens alone (one layer no longer has to route the box into every patch)
     prompter_tokens: which image tokens the Prompter sees, `all` (CLS and patches) or `patches`
     prompter_shared: one Prompter for box and text prompts, or a second one for texts
     prompter_mlp_ratio: hidden width of the Prompter layer's MLP, as a multiple of the tower's width
     prompter_layer_norm: whether the tower's final LayerNorm is applied to the tokens before the Prompter
-    box_corner_embedding: learned embedding per corner type (top-left, bottom-right) added to the sinusoids, as in SAM
+    box_token: `corners`, one prompt token per corner (the paper's), or `joint`, one token: an MLP over both corners
+    box_corner_embedding: learned embedding per corner type (top-left, bottom-right) added to the sinusoids of `corners`,
+        as in SAM
     box_min_frequency, box_max_frequency: cycles over the image's side of the slowest and fastest sinusoid of a corner
     normalize_text_prompt: whether the text feature is L2-normalised before it becomes a prompt
     region_temperature: `shared` with the image-text loss, or the region-text loss's `own`, learned from the same start
     box_head_width: hidden width of the BoxHead; None takes the tower's width
-    position_init: how a tower trained from scratch starts its position table: `normal` (CLIP's), or `sincos`, the same
-        sinusoids that encode the corners of a box (a starting point: the table is learned either way)
     geometry: how an image becomes the square input, `pad` (the paper's) or `squash`
     """
-
-    model_type = "cloc"
 
     prompter_readout: str = "mean"
     prompter_tokens: str = "all"
     prompter_shared: bool = True
     prompter_mlp_ratio: float = 4.0
     prompter_layer_norm: bool = True
+    box_token: str = "corners"
     box_corner_embedding: bool = True
     box_min_frequency: float = 0.5
     box_max_frequency: float = 32.0
     normalize_text_prompt: bool = False
     region_temperature: str = "shared"
     box_head_width: int | None = None
-    position_init: str = "normal"
     geometry: str = "pad"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for key, allowed in (
-            ("prompter_readout", READOUTS),
-            ("prompter_tokens", ("all", "patches")),
-            ("region_temperature", ("shared", "own")),
-            ("position_init", ("normal", "sincos")),
-            ("geometry", ("pad", "squash")),
-        ):
-            if getattr(self, key) not in allowed:
-                raise DataError(f"ClocConfig.{key} is '{getattr(self, key)}'; choose one of {', '.join(allowed)}")
+        self._check_choices(
+            prompter_readout=READOUTS,
+            prompter_tokens=("all", "patches"),
+            box_token=("corners", "joint"),
+            region_temperature=("shared", "own"),
+            geometry=("pad", "squash"),
+        )
         width = self.vision_config.hidden_size
         if width % 4:
-            raise DataError(f"ClocConfig.vision_config.hidden_size is {width}; box corners need a multiple of 4")
+            raise self._error(f"vision_config.hidden_size is {width}; box corners need a multiple of 4")
         if not 0 < self.box_min_frequency < self.box_max_frequency:
-            raise DataError(
-                f"ClocConfig.box_min_frequency {self.box_min_frequency} must lie between 0 and "
-                f"box_max_frequency {self.box_max_frequency}"
+            raise self._error(
+                f"box_min_frequency {self.box_min_frequency} must lie between 0 and box_max_frequency {self.box_max_frequency}"
             )
+
+    def _check_choices(self, **allowed: tuple[str, ...]) -> None:
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise self._error(f"{key} is '{getattr(self, key)}'; choose one of {', '.join(values)}")
+
+    def _error(self, sentence: str) -> DataError:
+        return DataError(f"{type(self).__name__}.{sentence}")
+
+
+class ClocConfig(RegionConfig, CLIPConfig):
+    """Configuration of `ClocModel`: `RegionConfig`'s fields and
+
+    text_config, vision_config, projection_dim, logit_scale_init_value: as in `transformers.CLIPConfig`
+    position_init: how a tower trained from scratch starts its position table: `normal` (CLIP's), or `sincos`, the same
+        sinusoids that encode the corners of a box (a starting point: the table is learned either way)
+    """
+
+    model_type = "cloc"
+    num_class_tokens = 1  # image tokens that are no patch
+
+    position_init: str = "normal"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_choices(position_init=("normal", "sincos"))
+
+
+class ClocSiglipConfig(RegionConfig, SiglipConfig):
+    """Configuration of `ClocSiglipModel`: `RegionConfig`'s fields and
+
+    text_config, vision_config: as in `transformers.SiglipConfig`
+    """
+
+    model_type = "cloc_siglip"
+    num_class_tokens = 0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        vision, joint = self.vision_config, self.projection_dim
+        if not vision.vision_use_head:
+            raise self._error("vision_config.vision_use_head is False; the image feature comes from SigLIP's pooling head")
+        if vision.hidden_size != joint:
+            raise self._error(f"text_config.projection_size is {joint}; it must be the vision tower's {vision.hidden_size}")
+        if not self.prompter_layer_norm:
+            raise self._error("prompter_layer_norm is False; SigLIP's tower ends in its norm, so leave it True")
+
+    @property
+    def projection_dim(self) -> int:
+        """Width of the joint space, which SigLIP's configuration keeps with the text tower."""
+        return self.text_config.projection_size
 
 
 def _config(vision: dict, text: dict, projection_dim: int, vocab_size: int = 32100, **fields) -> ClocConfig:

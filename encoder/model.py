@@ -1,12 +1,14 @@
-"""`ClocModel`: CLIP's two towers, the Prompter and the BoxHead (arXiv 2410.02746, Figure 2). No loss, no collectives.
+"""CLOC: a CLIP's two towers, the Prompter and the BoxHead (arXiv 2410.02746, Figure 2). No loss, no collectives.
 
-It is a `transformers.CLIPModel` with two more modules, so its CLIP part has CLIP's parameter names and any CLIP
-checkpoint starts it. `feat` is projected and unnormalised, `emb` would be L2-normalised.
+`RegionEncoder` is what CLOC adds; `ClocModel` adds it to `transformers.CLIPModel`, and `encoder.siglip` to `SiglipModel`.
+The towers keep the names of their parameters, so any checkpoint of theirs starts a CLOC. `feat` is projected and
+unnormalised, `emb` would be L2-normalised.
 
 B images, N image tokens (CLS first), R regions, T texts, L text tokens, S side of the input, D width, E joint space.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,11 @@ from transformers import AutoConfig, AutoModel, CLIPModel
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
-from encoder.config import ClocConfig
-from encoder.prompter import BoxHead, Prompter, PromptLayer, sinusoids
+from encoder.config import ClocConfig, RegionConfig
+from encoder.prompter import BoxHead, BoxInput, Prompter, PromptLayer, sinusoids
 
 # Parameters that CLOC adds to CLIP, by the start of their names.
-ADDED_TO_CLIP = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale")
+ADDED_TO_CLIP = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale", "region_logit_bias")
 
 
 @dataclass
@@ -37,6 +39,7 @@ class ClocOutput:
     region_feat, region_text_feat: (R, E) of the box prompts and of the regions' own texts
     predicted_boxes: (R, 4) xyxy in [0, 1], from the text prompts
     logit_scale, region_logit_scale: (), log of 1/temperature of the image-text and the region-text loss
+    logit_bias, region_logit_bias: (), of the sigmoid loss; None for towers that have none
     """
 
     image_feat: Tensor
@@ -46,29 +49,35 @@ class ClocOutput:
     predicted_boxes: Tensor | None
     logit_scale: Tensor
     region_logit_scale: Tensor
+    logit_bias: Tensor | None = None
+    region_logit_bias: Tensor | None = None
 
 
-class ClocModel(CLIPModel):
-    """CLIP with promptable embeddings. `from_pretrained`, `save_pretrained` and the Auto classes work as for any model."""
+class RegionEncoder:
+    """Promptable embeddings for a transformers model with `text_model`, `vision_model` and `logit_scale`: a mixin before it.
 
-    config_class = ClocConfig
-    base_model_prefix = "cloc"
+    The class that joins the two gives `encode_image`, `encode_text` and a configuration with `RegionConfig`'s fields.
+    `from_pretrained`, `save_pretrained` and the Auto classes work as for any model.
+    """
 
-    def __init__(self, config: ClocConfig):
+    def __init__(self, config: RegionConfig):
         super().__init__(config)
         self.prompter = Prompter(config, texts=config.prompter_shared)
         self.text_prompter = None if config.prompter_shared else Prompter(config, boxes=False)
         own = config.region_temperature == "own"
-        self.region_logit_scale = nn.Parameter(self.logit_scale.detach().clone()) if own else None
+        for name in ("scale", "bias"):
+            shared = getattr(self, f"logit_{name}", None)
+            copy = nn.Parameter(shared.detach().clone()) if own and shared is not None else None
+            self.register_parameter(f"region_logit_{name}", copy)
         self.box_head = BoxHead(config)
         self.post_init()
 
     @classmethod
-    def from_clip(cls, folder: str, **fields) -> "ClocModel":
-        """A CLOC that starts from a CLIP folder; see `encoder.pretrained.from_clip`."""
-        from encoder.pretrained import from_clip
+    def from_clip(cls, source: str | Path, **options) -> "RegionEncoder":
+        """A CLOC that starts from a CLIP or SigLIP; see `encoder.from_clip`. A SigLIP gives a `ClocSiglipModel`."""
+        from encoder.from_clip import from_clip
 
-        return from_clip(folder, **fields)
+        return from_clip(source, **options)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -82,14 +91,17 @@ class ClocModel(CLIPModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        width = self.config.vision_config.hidden_size if isinstance(self.config, ClocConfig) else 0
         if isinstance(module, PromptLayer):
+            width = module.q_proj.in_features
             for linear in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
                 init.normal_(linear.weight, std=width**-0.5)
             init.normal_(module.fc1.weight, std=(2 * width) ** -0.5)
             init.normal_(module.fc2.weight, std=module.fc2.in_features**-0.5)
+        elif isinstance(module, BoxInput):
+            for linear in (module.fc1, module.fc2):
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
         elif isinstance(module, Prompter):
-            init.normal_(module.projection.weight, std=width**-0.5)
+            init.normal_(module.projection.weight, std=module.projection.in_features**-0.5)
             if module.text_input is not None:
                 init.normal_(module.text_input.weight, std=module.text_input.in_features**-0.5)
             if module.corner_embedding is not None:
@@ -98,25 +110,6 @@ class ClocModel(CLIPModel):
             init.normal_(module.fc1.weight, std=module.fc1.in_features**-0.5)
             init.normal_(module.fc2.weight, std=0.02)
             init.constant_(module.fc2.bias, 0.5)
-        elif isinstance(module, ClocModel) and self.config.position_init == "sincos":
-            init_sincos_positions(self.vision_model.embeddings, self.config)
-
-    def encode_image(self, pixel_values: Tensor) -> ImageEncoding:
-        """Pixels (B, 3, S, S), normalised -> the tokens and feature of each image; the one pass that all prompts share."""
-        output = self.vision_model(pixel_values=pixel_values)
-        tokens = output.last_hidden_state
-        if self.config.prompter_layer_norm:
-            tokens = self.vision_model.post_layernorm(tokens)
-        return ImageEncoding(tokens, self.visual_projection(output.pooler_output))
-
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids (T, L), each row with an end token -> text features (T, E); T may be 0."""
-        if not len(input_ids):
-            # The stock tower cannot reshape an empty batch. One placeholder row, dropped, keeps a rank without regions
-            # in the same parameter gathers as the others.
-            row = input_ids.new_full((1, 1), self.config.text_config.eos_token_id)
-            return self.encode_text(row)[:0]
-        return self.text_projection(self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
 
     def embed_boxes(self, tokens_BND: Tensor, boxes_R4: Tensor, image_index_R: Tensor) -> Tensor:
         """Region features (R, E) of boxes (R, 4), xyxy in [0, 1] of the square input, each in image `image_index_R` (R,)."""
@@ -151,17 +144,59 @@ class ClocModel(CLIPModel):
         """
         image = self.encode_image(pixel_values)
         text_feat = self.encode_text(input_ids, attention_mask)
-        region_scale = self.logit_scale if self.region_logit_scale is None else self.region_logit_scale
-        # As scalars, whatever shape the engine trains them in (see encoder.pretraining.reshape_scalars).
-        scales = self.logit_scale.reshape(()), region_scale.reshape(())
+        logits = self._logit_parameters()
         if boxes is None:
-            return ClocOutput(image.feat, text_feat, None, None, None, *scales)
+            return ClocOutput(image.feat, text_feat, None, None, None, **logits)
         region_text_feat = self.encode_text(region_input_ids, region_attention_mask)
         if region_text_index is not None:
             region_text_feat = region_text_feat[region_text_index]
         region_feat = self.embed_boxes(image.tokens, boxes, image_index)
         predicted_boxes = self.predict_boxes(self.embed_texts(image.tokens, region_text_feat, image_index))
-        return ClocOutput(image.feat, text_feat, region_feat, region_text_feat, predicted_boxes, *scales)
+        return ClocOutput(image.feat, text_feat, region_feat, region_text_feat, predicted_boxes, **logits)
+
+    def _logit_parameters(self) -> dict[str, Tensor]:
+        """Scale, and bias if there is one, of both losses: scalars, whatever shape the engine trains them in.
+
+        (See encoder.pretraining.reshape_scalars.)
+        """
+        logits = {}
+        for name in ("logit_scale", "logit_bias"):
+            shared = getattr(self, name, None)
+            if shared is not None:
+                own = getattr(self, f"region_{name}")
+                logits |= {name: shared.reshape(()), f"region_{name}": (shared if own is None else own).reshape(())}
+        return logits
+
+
+class ClocModel(RegionEncoder, CLIPModel):
+    """CLIP with promptable embeddings."""
+
+    config_class = ClocConfig
+    base_model_prefix = "cloc"
+    scalar_shape = ()  # of logit_scale in a saved CLIP
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ClocModel) and self.config.position_init == "sincos":
+            init_sincos_positions(self.vision_model.embeddings, self.config)
+
+    def encode_image(self, pixel_values: Tensor) -> ImageEncoding:
+        """Pixels (B, 3, S, S), normalised -> the tokens and feature of each image; the one pass that all prompts share."""
+        output = self.vision_model(pixel_values=pixel_values)
+        tokens = output.last_hidden_state
+        if self.config.prompter_layer_norm:
+            tokens = self.vision_model.post_layernorm(tokens)
+        return ImageEncoding(tokens, self.visual_projection(output.pooler_output))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids (T, L), each row with an end token -> text features (T, E); T may be 0."""
+        if not len(input_ids):
+            # The stock tower cannot reshape an empty batch. One placeholder row, dropped, keeps a rank without regions
+            # in the same parameter gathers as the others.
+            row = input_ids.new_full((1, 1), self.config.text_config.eos_token_id)
+            return self.encode_text(row)[:0]
+        return self.text_projection(self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
 
 
 @torch.no_grad()

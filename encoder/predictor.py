@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from encoder.boxes import clip_boxes, valid_boxes
 from encoder.errors import DataError
 from encoder.geometry import Geometry
-from encoder.model import ClocModel
+from encoder.model import RegionEncoder
 from encoder.pretrained import load_encoder, load_processor
 from encoder.processor import ClocProcessor
 
@@ -35,8 +35,8 @@ class RegionPredictor:
     Raises DataError where the model has no Prompter, a box is unusable, or no image has been set.
     """
 
-    def __init__(self, model: ClocModel, processor: ClocProcessor):
-        if not isinstance(model, ClocModel):
+    def __init__(self, model: RegionEncoder, processor: ClocProcessor):
+        if not isinstance(model, RegionEncoder):
             raise DataError(
                 f"RegionPredictor was given a {type(model).__name__}, which has no Prompter; load a CLOC folder, or start a "
                 "CLOC from that CLIP with ClocModel.from_clip and train it"

@@ -1,7 +1,6 @@
-"""In from CLIP, out to CLIP: start a CLOC from a CLIP checkpoint, load any encoder folder, export stock folders.
+"""Loads any encoder's folder: CLOC, CLIP or SigLIP, whole or the vision tower alone, Hugging Face's format or `open_clip`'s.
 
-Exports use the classic parameter names (`vision_model.` before every vision parameter): transformers 5 writes a
-`CLIPVisionModel` without that prefix, which transformers 4 and the llava package load as random weights.
+Loading is strict: a parameter that is missing, unused or of another size is an error that names it.
 """
 
 import hashlib
@@ -10,99 +9,156 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, PreTrainedTokenizerBase, SiglipModel, SiglipVisionModel
 
-from encoder.config import ClocConfig
 from encoder.errors import DataError
-from encoder.model import ADDED_TO_CLIP, ClocModel
-from encoder.processor import OPENAI_MEAN, OPENAI_STD, ClocImageProcessor, ClocProcessor
+from encoder.from_open_clip import CONFIG_FILE, load_open_clip, read_open_clip_config
+from encoder.model import ClocModel
+from encoder.processor import OPENAI_MEAN, OPENAI_STD, SIGLIP_MEAN, SIGLIP_STD, ClocImageProcessor, ClocProcessor
+from encoder.siglip import ClocSiglipModel
 
-PREFIX = "vision_model."
+# By the model_type of config.json.
+WHOLE = {"cloc": ClocModel, "clip": CLIPModel, "cloc_siglip": ClocSiglipModel, "siglip": SiglipModel}
+TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
-def folder_kind(folder: str | Path) -> str:
-    """`cloc`, `clip` or `clip_vision_model`: what the folder's config.json says it holds."""
-    path = Path(folder) / "config.json"
+def folder_kind(source: str | Path) -> str:
+    """What `source` holds: a key of `WHOLE` or `TOWERS`, by its config.json, or `open_clip` (a folder, or a weights file)."""
+    source = Path(source)
+    path = source / "config.json"
+    if source.is_file():
+        return "open_clip"
     if not path.is_file():
-        raise DataError(f"{path} does not exist; give the folder of a saved CLOC or CLIP model")
+        if (source / CONFIG_FILE).is_file():
+            return "open_clip"
+        raise DataError(f"{path} does not exist; give the folder of a saved CLOC, CLIP or SigLIP model")
     try:
         kind = json.loads(path.read_text()).get("model_type")
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); copy or save the folder again") from error
-    if kind not in ("cloc", "clip", "clip_vision_model"):
-        raise DataError(f"{path}: model_type is '{kind}'; a folder of a CLOC, CLIP or CLIP vision model is needed")
+    if kind is None and (source / CONFIG_FILE).is_file():  # timm's config.json, beside open_clip's
+        return "open_clip"
+    if kind not in (*WHOLE, *TOWERS):
+        raise DataError(f"{path}: model_type is '{kind}'; a folder of a CLOC, CLIP or SigLIP model, or its tower, is needed")
     return kind
 
 
 def _load_strict(cls, folder, **kwargs):
-    """`from_pretrained` that names missing or unfitting parameters in place of drawing them at random."""
+    """`from_pretrained` that names parameters in place of drawing them at random or leaving them out."""
     try:
         model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except (OSError, SafetensorError) as error:  # no weights, or not whole
         raise DataError(f"{folder}: the weights cannot be read ({error}); copy or save the folder again") from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info[problem]:
-            names = ", ".join(sorted(str(key) for key in info[problem])[:5])
-            raise DataError(f"{folder}: {len(info[problem])} {problem.replace('_', ' ')} ({names}); is it the right folder?")
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # A tower saved with its projection (CLIPVisionModelWithProjection) is whole without it.
+        keys = {str(key) for key in info[problem]} - ({"visual_projection.weight"} if cls is CLIPVisionModel else set())
+        if keys:
+            names = ", ".join(sorted(keys)[:5])
+            raise DataError(f"{folder}: {len(keys)} {problem.replace('_', ' ')} ({names}); is it the right folder?")
     return model.eval()
 
 
-def load_encoder(folder: str | Path, dtype: torch.dtype | str = torch.float32) -> ClocModel | CLIPModel:
-    """A CLOC folder as `ClocModel`, a CLIP folder as stock `CLIPModel`, in evaluation mode."""
-    kind = folder_kind(folder)
-    if kind == "clip_vision_model":
+def load_encoder(source: str | Path, dtype: torch.dtype | str = torch.float32) -> ClocModel | CLIPModel | SiglipModel:
+    """A whole encoder in evaluation mode: CLOC as `ClocModel` or `ClocSiglipModel`, any other as its stock class.
+
+    dtype: `auto` keeps the saved precision; weights of `open_clip` then come as float32
+    """
+    kind = folder_kind(source)
+    if kind in TOWERS:
         raise DataError(
-            f"{folder} holds a vision tower alone; text prompts and classification need the whole CLIP or CLOC folder"
+            f"{source} holds a vision tower alone; text prompts and classification need the whole CLIP or CLOC folder"
         )
-    return _load_strict(ClocModel if kind == "cloc" else CLIPModel, folder, dtype=dtype)
+    if kind == "open_clip":
+        return load_open_clip(source).to(torch.float32 if dtype == "auto" else dtype)
+    return _load_strict(WHOLE[kind], source, dtype=dtype)
 
 
-def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModel:
-    """The vision tower of a CLOC, CLIP or CLIP vision folder as stock `CLIPVisionModel`, in evaluation mode."""
-    if folder_kind(folder) == "clip_vision_model":
-        return _load_strict(CLIPVisionModel, folder, dtype=dtype)
-    encoder = load_encoder(folder, dtype)
-    tower = CLIPVisionModel(encoder.config.vision_config).to(dtype)
+def load_vision_tower(source: str | Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModel | SiglipVisionModel:
+    """The vision tower of any encoder as its stock class, in evaluation mode."""
+    kind = folder_kind(source)
+    if kind in TOWERS:
+        return _load_strict(TOWERS[kind], source, dtype=dtype)
+    encoder = load_encoder(source, dtype)
+    cls = SiglipVisionModel if isinstance(encoder, SiglipModel) else CLIPVisionModel
+    tower = cls(encoder.config.vision_config).to(encoder.dtype)
     tower.load_state_dict(encoder.vision_model.state_dict())
     return tower.eval()
 
 
-def load_processor(folder: str | Path) -> ClocProcessor:
-    """The folder's processor. A stock CLIP folder gets CLOC's padding geometry, so that boxes mean the same in both."""
-    folder = Path(folder)
-    kind = folder_kind(folder)
-    if (folder / "processor_config.json").is_file() and kind == "cloc":
-        return ClocProcessor.from_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    vision = config.get("vision_config", config)
-    settings = {"size": vision.get("image_size", 224), "image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}
-    lowercase = True
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            saved = json.loads((folder / name).read_text())
-            lowercase = saved.get("lowercase", lowercase)
-            saved = saved.get("image_processor", saved)
-            settings |= {key: saved[key] for key in ("image_mean", "image_std", "geometry") if key in saved}
-    tokenizer = AutoTokenizer.from_pretrained(folder) if kind == "clip" else None
-    return ClocProcessor(ClocImageProcessor(**settings), tokenizer, lowercase=lowercase)
+def load_processor(
+    source: str | Path,
+    tokenizer: str | Path | None = None,
+    image_size: int | None = None,
+    open_clip_config: str | Path | dict | None = None,
+) -> ClocProcessor:
+    """An encoder's processor. A stock folder gets CLOC's padding geometry, so that boxes mean the same in both.
 
-
-def from_clip(folder: str | Path, **fields) -> ClocModel:
-    """A CLOC that starts from a CLIP checkpoint (HF format): its towers, projections and temperature, a fresh Prompter.
-
-    fields: of `ClocConfig`, for example `prompter_readout="prompt"`
+    tokenizer: folder of the tokenizer, for an encoder that comes without one (VeCap-DFN: T5's)
+    image_size: side of the input in pixels, where the encoder was given another one by `from_clip`
+    open_clip_config: as in `encoder.from_clip.from_clip`
     """
-    if folder_kind(folder) != "clip":
-        raise DataError(f"{folder} is not a CLIP folder; load a CLOC folder with ClocModel.from_pretrained")
-    clip = load_encoder(folder)
-    base = {key: value for key, value in clip.config.to_dict().items() if key not in ("model_type", "architectures")}
-    model = ClocModel(ClocConfig(**{**base, **fields}))
-    missing, unexpected = model.load_state_dict(clip.state_dict(), strict=False)
-    wrong = [key for key in missing if not key.startswith(ADDED_TO_CLIP)]
-    if wrong or unexpected:
-        raise DataError(f"{folder}: parameters missing {wrong[:5]}, unexpected {unexpected[:5]}; is it a stock CLIPModel?")
-    return model
+    source = Path(source)
+    kind = folder_kind(source)
+    if kind in ("cloc", "cloc_siglip") and (source / "processor_config.json").is_file() and tokenizer is None:
+        processor = ClocProcessor.from_pretrained(source)
+    else:
+        processor = _make_processor(source, kind, tokenizer, open_clip_config)
+    if image_size is not None:
+        processor.image_processor.size = image_size
+    return processor
+
+
+def _make_processor(source: Path, kind: str, tokenizer: str | Path | None, open_clip_config) -> ClocProcessor:
+    is_siglip = "siglip" in kind
+    settings = {"image_mean": SIGLIP_MEAN, "image_std": SIGLIP_STD} if is_siglip else {}
+    lowercase, folder = True, source.parent if source.is_file() else source
+    if kind == "open_clip":
+        model, preprocess = read_open_clip_config(source, open_clip_config)
+        vision, text = model["vision_cfg"], model["text_cfg"]
+        limits = {"vocab_size": text.get("vocab_size", 49408), "max_position_embeddings": text.get("context_length", 77)}
+        settings |= {f"image_{key}": preprocess[key] for key in ("mean", "std") if key in preprocess}
+    else:
+        # Through the class, since a config.json may leave every default out.
+        config = {**WHOLE, **TOWERS}[kind].config_class.from_pretrained(source)
+        vision = getattr(config, "vision_config", config).to_dict()
+        limits = config.text_config.to_dict() if kind in WHOLE else {}
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (folder / name).is_file():
+                saved = json.loads((folder / name).read_text())
+                lowercase = saved.get("lowercase", lowercase)
+                saved = saved.get("image_processor", saved)
+                settings |= {key: saved[key] for key in ("image_mean", "image_std", "geometry") if key in saved}
+    settings = {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD, "size": vision.get("image_size", 224), **settings}
+    return ClocProcessor(
+        ClocImageProcessor(**settings),
+        _load_tokenizer(Path(tokenizer or folder), limits) if limits else None,
+        lowercase=lowercase,
+        text_padding="max_length" if is_siglip else "longest",
+    )
+
+
+def _load_tokenizer(folder: Path, limits: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer of a text tower with these `limits` (fields of its configuration), cut to its longest text."""
+    # Without files transformers would make an empty tokenizer of the folder's kind.
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise DataError(f"{folder} has no tokenizer; name the folder of the one it was trained with (VeCap-DFN: T5's)")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > limits["vocab_size"]:
+        raise DataError(
+            f"the tokenizer in {folder} has {len(tokenizer)} ids, the text tower {limits['vocab_size']}; "
+            "name the tokenizer that the tower was trained with"
+        )
+    # CLIP reads a text's feature at its end token (2: at the highest id, an older rule); another end reads it anywhere.
+    end = limits.get("eos_token_id", 2)
+    if limits.get("model_type") == "clip_text_model" and end not in (2, tokenizer.eos_token_id):
+        raise DataError(
+            f"the tokenizer in {folder} ends a text with id {tokenizer.eos_token_id}, the text tower reads its feature at {end}; "
+            "name the tokenizer that the tower was trained with"
+        )
+    # T5's own limit is 512, far beyond the position table of a CLIP.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limits["max_position_embeddings"])
+    return tokenizer
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -113,66 +169,3 @@ def weights_hash(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def _write(folder: Path, config: dict, state: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _dtype_name(model: torch.nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _vision_state(model) -> dict[str, torch.Tensor]:
-    tower = model.vision_model if hasattr(model, "vision_model") else model
-    return {PREFIX + key: value for key, value in tower.state_dict().items()}
-
-
-def export_clip(model: ClocModel | CLIPModel, folder: str | Path, processor: ClocProcessor | None = None) -> None:
-    """Writes a stock `CLIPModel` folder: same towers, no Prompter. Loads in transformers 4 and 5 without this package."""
-    clip_config = {"model_type": "clip", "architectures": ["CLIPModel"], "dtype": _dtype_name(model)}
-    for key in ("projection_dim", "logit_scale_init_value", "initializer_factor"):
-        clip_config[key] = getattr(model.config, key)
-    clip_config |= {key: getattr(model.config, key).to_dict() for key in ("text_config", "vision_config")}
-    state = {
-        key: value
-        for key, value in model.state_dict().items()
-        if key.startswith(("text_model.", "visual_projection.", "text_projection.", "logit_scale"))
-    }
-    _write(Path(folder), clip_config, {**state, **_vision_state(model)})
-    if processor is not None:
-        processor.tokenizer.save_pretrained(folder)
-        # A tokenizer remembers the processor it was saved with, and AutoProcessor would look for ours.
-        path = Path(folder) / "tokenizer_config.json"
-        settings = {**json.loads(path.read_text()), "processor_class": "CLIPProcessor"}
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        _write_preprocessor(processor, Path(folder))
-
-
-def export_vision(
-    model: ClocModel | CLIPModel | CLIPVisionModel, folder: str | Path, processor: ClocProcessor | None = None
-) -> None:
-    """Writes a stock `CLIPVisionModel` folder: the tower alone, as LLaVA and vLLM take it."""
-    vision = getattr(model.config, "vision_config", model.config)
-    config = {**vision.to_dict(), "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
-    _write(Path(folder), {**config, "dtype": _dtype_name(model)}, _vision_state(model))
-    if processor is not None:
-        _write_preprocessor(processor, Path(folder))
-
-
-def _write_preprocessor(processor: ClocProcessor, folder: Path) -> None:
-    """A stock CLIPImageProcessor's file. It centre-crops where ours pads; `geometry` and `lowercase` ride along for us."""
-    ours = processor.image_processor
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": ours.size},
-        "crop_size": {"height": ours.size, "width": ours.size},
-        "image_mean": ours.image_mean,
-        "image_std": ours.image_std,
-        "geometry": ours.geometry,
-        "lowercase": processor.lowercase,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -7,12 +7,13 @@ from transformers import AutoImageProcessor, AutoProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from encoder.config import ClocConfig
+from encoder.config import ClocConfig, ClocSiglipConfig
 from encoder.errors import DataError
 from encoder.geometry import MODES, Geometry
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 class ClocImageProcessor(BaseImageProcessor):
@@ -50,15 +51,19 @@ class ClocImageProcessor(BaseImageProcessor):
 
 
 class ClocProcessor(ProcessorMixin):
-    """Image processor and tokenizer of a `ClocModel` or any CLIP, as one object.
+    """Image processor and tokenizer of a CLOC, or any CLIP or SigLIP, as one object.
 
     lowercase: whether texts are lower-cased first, as in the paper
+    text_padding: `longest` of the batch, or `max_length`, the tokenizer's maximum, with the padding read like any token:
+        SigLIP's way
     """
 
     attributes = ["image_processor", "tokenizer"]
 
-    def __init__(self, image_processor=None, tokenizer=None, lowercase: bool = True, **kwargs):
-        self.lowercase = lowercase
+    def __init__(self, image_processor=None, tokenizer=None, lowercase: bool = True, text_padding: str = "longest", **kwargs):
+        if text_padding not in ("longest", "max_length"):
+            raise DataError(f"processor: text_padding is '{text_padding}'; choose one of longest, max_length")
+        self.lowercase, self.text_padding = lowercase, text_padding
         super().__init__(image_processor, tokenizer)
 
     def check_argument_for_proper_class(self, argument_name, argument):
@@ -70,14 +75,18 @@ class ClocProcessor(ProcessorMixin):
         return self.image_processor(images), [self.image_processor.geometry_of(image) for image in images]
 
     def texts(self, texts: list[str]) -> BatchFeature:
-        """Texts -> {"input_ids", "attention_mask"}: (T, L), padded to the longest, cut to the tokenizer's maximum."""
+        """Texts -> {"input_ids", "attention_mask"}: (T, L), padded, cut to the tokenizer's maximum; the mask is what is read."""
         if self.tokenizer is None:
             raise DataError("this processor has no tokenizer, it is of a vision tower alone; load the whole CLIP or CLOC folder")
         texts = [text.lower() for text in texts] if self.lowercase else list(texts)
         if not texts:
             empty = torch.zeros(0, 1, dtype=torch.long)
             return BatchFeature({"input_ids": empty, "attention_mask": empty})
-        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        encoded = self.tokenizer(
+            texts, padding=self.text_padding, truncation=True, return_attention_mask=True, return_tensors="pt"
+        )
+        if self.text_padding == "max_length":
+            encoded["attention_mask"] = torch.ones_like(encoded["input_ids"])
         return BatchFeature({key: encoded[key] for key in ("input_ids", "attention_mask")})
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
@@ -91,4 +100,5 @@ class ClocProcessor(ProcessorMixin):
 
 
 AutoImageProcessor.register("ClocImageProcessor", slow_image_processor_class=ClocImageProcessor, exist_ok=True)
-AutoProcessor.register(ClocConfig, ClocProcessor, exist_ok=True)
+for _config in (ClocConfig, ClocSiglipConfig):
+    AutoProcessor.register(_config, ClocProcessor, exist_ok=True)

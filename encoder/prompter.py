@@ -1,7 +1,8 @@
 """The Prompter: one set of image tokens, many prompts, one region feature each (arXiv 2410.02746, Sections 3.2-3.3).
 
-A prompt is two corner tokens (a box) or one token (a text feature), prepended to the image tokens of its image; one
-single-head transformer layer of the tower's width follows, then a pooler and a projection. Prompts never see each other.
+A prompt is two corner tokens (a box; with `box_token="joint"` one token) or one token (a text feature), prepended to the
+image tokens of its image; one single-head transformer layer of the tower's width follows, then a pooler and a projection.
+Prompts never see each other.
 
 Written naively that is one full layer per prompt. Here the softmax is split exactly: attention among image tokens is
 computed once per image together with its log-normaliser, and each prompt adds its own one or two keys to it.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from encoder.config import ClocConfig
+from encoder.config import RegionConfig
 
 
 def sinusoids(coordinates: Tensor, width: int, min_frequency: float, max_frequency: float) -> Tensor:
@@ -31,7 +32,7 @@ def sinusoids(coordinates: Tensor, width: int, min_frequency: float, max_frequen
 class PromptLayer(nn.Module):
     """A pre-LN, single-head CLIP encoder layer over [prompt tokens, image tokens], factored over the prompts of an image."""
 
-    def __init__(self, config: ClocConfig):
+    def __init__(self, config: RegionConfig):
         super().__init__()
         vision = config.vision_config
         width, self.scale = vision.hidden_size, vision.hidden_size**-0.5
@@ -70,17 +71,31 @@ class PromptLayer(nn.Module):
         return prompts_RPD, self._feed_forward(tokens_BND[image_index_R] + self.out_proj(attended_RND))
 
 
+class BoxInput(nn.Module):
+    """Two-layer GELU MLP over both corners' encodings at once, (R, 2, D) -> one prompt token (R, 1, D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(2 * width, width), nn.Linear(width, width)
+
+    def forward(self, corners_R2D: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(corners_R2D.flatten(1))))[:, None]
+
+
 class Prompter(nn.Module):
     """Box or text prompt -> region feature in the joint space.
 
     boxes, texts: which prompts it will be given; the other kind's parameters are left out
     """
 
-    def __init__(self, config: ClocConfig, boxes: bool = True, texts: bool = True):
+    def __init__(self, config: RegionConfig, boxes: bool = True, texts: bool = True):
         super().__init__()
         width, joint = config.vision_config.hidden_size, config.projection_dim
         self.config = config
-        self.corner_embedding = nn.Parameter(torch.zeros(2, width)) if boxes and config.box_corner_embedding else None
+        joint_box = config.box_token == "joint"
+        corner_types = boxes and config.box_corner_embedding and not joint_box
+        self.corner_embedding = nn.Parameter(torch.zeros(2, width)) if corner_types else None
+        self.box_input = BoxInput(width) if boxes and joint_box else None
         self.text_input = nn.Linear(joint, width) if texts else None
         self.layer = PromptLayer(config)
         self.layer_norm = nn.LayerNorm(width, eps=config.vision_config.layer_norm_eps)
@@ -89,18 +104,23 @@ class Prompter(nn.Module):
     def forward(self, prompts_RPD: Tensor, tokens_BND: Tensor, image_index_R: Tensor) -> Tensor:
         """Prompt tokens (R, P, D) over the image tokens (B, N, D) of image `image_index_R` -> features (R, E), unnormalised."""
         if self.config.prompter_tokens == "patches":
-            tokens_BND = tokens_BND[:, 1:]
+            tokens_BND = tokens_BND[:, self.config.num_class_tokens :]
         readout_mean = self.config.prompter_readout == "mean"
         prompts_RPD, image_RND = self.layer(prompts_RPD, tokens_BND, image_index_R, with_image=readout_mean)
         pooled_RKD = torch.cat([prompts_RPD, image_RND], dim=1) if readout_mean else prompts_RPD
         return self.projection(self.layer_norm(pooled_RKD).mean(dim=1))
 
     def box_prompts(self, boxes_R4: Tensor) -> Tensor:
-        """Boxes (R, 4), xyxy in [0, 1] of the square input -> prompt tokens (R, 2, D): top-left, bottom-right."""
+        """Boxes (R, 4), xyxy in [0, 1] of the square input -> prompt tokens (R, 2, D): top-left, bottom-right.
+
+        With `box_token="joint"` they are (R, 1, D).
+        """
         config = self.config
         width = self.projection.in_features
         corners = sinusoids(boxes_R4.reshape(-1, 2, 2), width, config.box_min_frequency, config.box_max_frequency)
         corners = corners.to(self.projection.weight.dtype)
+        if self.box_input is not None:
+            return self.box_input(corners)
         return corners if self.corner_embedding is None else corners + self.corner_embedding
 
     def text_prompts(self, text_feat_RE: Tensor) -> Tensor:
@@ -113,7 +133,7 @@ class Prompter(nn.Module):
 class BoxHead(nn.Module):
     """Two-layer GELU MLP, (R, E) text-prompted features -> (R, 4) xyxy in [0, 1] of the square input, linear output."""
 
-    def __init__(self, config: ClocConfig):
+    def __init__(self, config: RegionConfig):
         super().__init__()
         hidden = config.box_head_width or config.vision_config.hidden_size
         self.fc1 = nn.Linear(config.projection_dim, hidden)

@@ -1,8 +1,10 @@
 """Turns an encoder folder into another kind: stock CLIP, stock CLIP vision tower, or the start of a CLOC.
 
-    python scripts/convert_checkpoint.py --to clip   CLOC_DIR OUT     # a transformers CLIPModel folder
+    python scripts/convert_checkpoint.py --to clip   CLOC_DIR OUT     # a transformers CLIPModel (or SiglipModel) folder
     python scripts/convert_checkpoint.py --to vision CLOC_DIR OUT     # a CLIPVisionModel folder, for LLaVA, vLLM, ...
-    python scripts/convert_checkpoint.py --to cloc   CLIP_DIR OUT     # the CLIP's towers and a fresh Prompter, to be trained
+    python scripts/convert_checkpoint.py --to cloc   CLIP     OUT     # the CLIP's towers and a fresh Prompter, to be trained
+    python scripts/convert_checkpoint.py --to cloc   CLIP     OUT --image-size 448                   # at another resolution
+    python scripts/convert_checkpoint.py --to cloc   CLIP.pt  OUT --open-clip-config ViT-B-16.json --tokenizer DIR
 
 Exports keep the precision and every bit of the parameters; a new CLOC is float32.
 """
@@ -15,15 +17,9 @@ import transformers
 
 from encoder.config import READOUTS
 from encoder.errors import DataError, run_main
-from encoder.pretrained import (
-    export_clip,
-    export_vision,
-    folder_kind,
-    from_clip,
-    load_encoder,
-    load_processor,
-    load_vision_tower,
-)
+from encoder.export import export_clip, export_vision
+from encoder.from_clip import from_clip
+from encoder.pretrained import TOWERS, folder_kind, load_encoder, load_processor, load_vision_tower
 
 
 def main() -> None:
@@ -31,7 +27,13 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=["clip", "vision", "cloc"], help="what OUT shall hold")
     parser.add_argument("--readout", choices=READOUTS, default=READOUTS[0], help="of the new Prompter, with --to cloc")
     parser.add_argument("--seed", type=int, default=0, help="of the new Prompter's initialisation, with --to cloc")
-    parser.add_argument("source", metavar="IN", help="folder of a CLOC, CLIP or CLIP vision model")
+    parser.add_argument("--image-size", type=int, help="side of the new input in pixels, with --to cloc; default the CLIP's")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer, for a CLIP without one (VeCap-DFN: T5's)")
+    parser.add_argument("--open-clip-config", help="JSON of the model, for open_clip weights without open_clip_config.json")
+    parser.add_argument(
+        "--quick-gelu", choices=["true", "false"], help="activation of open_clip weights, where their JSON does not say it"
+    )
+    parser.add_argument("source", metavar="IN", help="folder of a CLOC, CLIP, SigLIP or its tower; or open_clip weights")
     parser.add_argument("output", metavar="OUT", help="folder to write; it must not exist yet, or be empty")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -40,16 +42,24 @@ def main() -> None:
     source, output = Path(arguments.source), Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not an empty folder; choose another output")
-    kind, processor = folder_kind(source), load_processor(source)
+    kind = folder_kind(source)
     if arguments.to == "cloc":
         torch.manual_seed(arguments.seed)
-        from_clip(source, prompter_readout=arguments.readout).save_pretrained(output)
+        model = from_clip(
+            source,
+            image_size=arguments.image_size,
+            open_clip_config=arguments.open_clip_config,
+            quick_gelu={"true": True, "false": False, None: None}[arguments.quick_gelu],
+            prompter_readout=arguments.readout,
+        )
+        processor = load_processor(source, arguments.tokenizer, arguments.image_size, arguments.open_clip_config)
+        model.save_pretrained(output)
         processor.save_pretrained(output)
     elif arguments.to == "clip":
-        export_clip(load_encoder(source, "auto"), output, processor)
+        export_clip(load_encoder(source, "auto"), output, load_processor(source, arguments.tokenizer))
     else:
-        load = load_vision_tower if kind == "clip_vision_model" else load_encoder
-        export_vision(load(source, "auto"), output, processor)
+        load = load_vision_tower if kind in TOWERS else load_encoder
+        export_vision(load(source, "auto"), output, load_processor(source, arguments.tokenizer))
     print(f"done: {output} holds a {arguments.to} folder made from the {kind} folder {source}")
 
 

@@ -25,9 +25,11 @@ from encoder.data.batches import RegionBatches
 from encoder.data.reader import RegionDataset
 from encoder.distributed import choose_backend, rank, world_size
 from encoder.errors import DataError, run_main
+from encoder.export import export_clip
+from encoder.from_clip import from_clip
 from encoder.losses import LossConfig
 from encoder.model import ADDED_TO_CLIP, ClocModel
-from encoder.pretrained import export_clip, folder_kind, from_clip, load_processor
+from encoder.pretrained import WHOLE, folder_kind, load_processor
 from encoder.pretraining import PretrainConfig, pretrain, reshape_scalars
 from encoder.processor import ClocImageProcessor, ClocProcessor
 from encoder.tokenizer import train_text_tokenizer
@@ -63,8 +65,9 @@ def make_model(config: PretrainConfig, dataset: RegionDataset) -> tuple[ClocMode
     fields = {} if config.prompter_readout is None else {"prompter_readout": config.prompter_readout}
     torch.manual_seed(config.seed)
     if config.init:
-        if folder_kind(config.init) == "cloc":
-            return ClocModel.from_pretrained(config.init, dtype=torch.float32, **fields), load_processor(config.init)
+        kind = folder_kind(config.init)
+        if kind.startswith("cloc"):
+            return WHOLE[kind].from_pretrained(config.init, dtype=torch.float32, **fields), load_processor(config.init)
         return from_clip(config.init, **fields), load_processor(config.init)
     if config.preset not in PRESETS:
         raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
@@ -83,7 +86,7 @@ def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, conf
     model = engine.module
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=config.zero_stage == 3):
         if rank() == 0:
-            reshape_scalars(model, ())
+            reshape_scalars(model, model.scalar_shape)
             if config.objective == "cloc":
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)

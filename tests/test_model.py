@@ -120,9 +120,9 @@ def test_without_boxes_only_the_clip_part_runs():
     assert torch.equal(output.image_feat, model(**batch).image_feat)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_every_parameter_learns(shared):
-    model, batch = make(prompter_shared=shared), inputs()
+@pytest.mark.parametrize("fields", [{}, {"prompter_shared": False}, {"box_token": "joint"}])
+def test_every_parameter_learns(fields):
+    model, batch = make(**fields), inputs()
     output = model(**batch)
     parts = (output.image_feat, output.text_feat, output.region_feat, output.region_text_feat, output.predicted_boxes)
     (sum(part.square().sum() for part in parts) + output.logit_scale).backward()
@@ -136,6 +136,9 @@ def test_initialisation_of_the_new_parts_keeps_their_scale():
     """Every new matrix starts near 1/sqrt(fan in), not at PyTorch's or transformers' default for unknown modules."""
     torch.manual_seed(0)
     model = ClocModel(tiny(vocab_size=64, prompter_shared=False))
+    box_input = ClocModel(tiny(vocab_size=64, box_token="joint")).prompter.box_input
+    for linear, fan_in in ((box_input.fc1, 64), (box_input.fc2, 32)):
+        assert float(linear.weight.std()) == pytest.approx(fan_in**-0.5, rel=0.2) and not linear.bias.any()
     for name, parameter in model.named_parameters():
         if name.startswith(("prompter.", "text_prompter.")) and name.endswith(".weight") and parameter.ndim == 2:
             expected = (2 * parameter.shape[1]) ** -0.5 if ".fc1." in name else parameter.shape[1] ** -0.5
@@ -169,7 +172,7 @@ def test_the_same_seed_gives_the_same_towers_with_any_prompter():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"prompter_shared": False, "region_temperature": "own", "box_corner_embedding": False}])
+@pytest.mark.parametrize("fields", [{}, {"prompter_shared": False, "region_temperature": "own", "box_token": "joint"}])
 def test_automodel_round_trip_is_bit_equal(fields, tmp_path):
     model = make(**fields)
     model.save_pretrained(tmp_path)

@@ -22,16 +22,9 @@ from transformers import (
 from encoder import ClocModel, ClocProcessor
 from encoder.config import tiny
 from encoder.errors import DataError, run_main
-from encoder.pretrained import (
-    export_clip,
-    export_vision,
-    folder_kind,
-    from_clip,
-    load_encoder,
-    load_processor,
-    load_vision_tower,
-    weights_hash,
-)
+from encoder.export import export_clip, export_vision
+from encoder.from_clip import from_clip
+from encoder.pretrained import folder_kind, load_encoder, load_processor, load_vision_tower, weights_hash
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
 
@@ -227,11 +220,11 @@ def edit_weights(source: Path, target: Path, edit) -> None:
 
 def test_a_folder_that_is_none_is_one_sentence(tiny_folder, clip_folder, tmp_path):
     for use in (load_encoder, load_vision_tower, load_processor, folder_kind, from_clip):
-        with pytest.raises(DataError, match="config.json does not exist; give the folder of a saved CLOC or CLIP model"):
+        with pytest.raises(DataError, match="config.json does not exist; give the folder of a saved CLOC, CLIP or SigLIP model"):
             use(tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match="model_type is 'llama'; a folder of a CLOC, CLIP or CLIP vision model is needed"):
+    with pytest.raises(DataError, match="model_type is 'llama'; a folder of a CLOC, CLIP or SigLIP model, or its tower"):
         load_encoder(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text('{"model_type": "cl')
     with pytest.raises(DataError, match="config.json is not valid JSON"):

@@ -137,6 +137,44 @@ def test_box_prompt_is_its_two_corners_each_with_its_own_embedding():
     torch.testing.assert_close(point[0, 0], point[0, 1])  # without the embedding the corners differ by place alone
 
 
+def test_joint_box_prompt_is_an_mlp_over_both_corners_in_value_and_gradient():
+    prompter = Prompter(tiny(box_token="joint"))
+    randomise(prompter, 5)
+    prompter.float()
+    assert prompter.corner_embedding is None  # the order of the two in the MLP's input says which corner is which
+    boxes = torch.tensor([[0.1, 0.2, 0.6, 0.9], [0.3, 0.0, 0.35, 0.8]])
+    prompts = prompter.box_prompts(boxes)
+    assert prompts.shape == (2, 1, 32)
+    fc1, fc2 = prompter.box_input.fc1, prompter.box_input.fc2
+    rows = []
+    for box in boxes:
+        encoded = torch.cat([sinusoids(box[:2], 32, 0.5, 32.0), sinusoids(box[2:], 32, 0.5, 32.0)])
+        inner = fc1.weight @ encoded + fc1.bias
+        rows.append(fc2.weight @ (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) + fc2.bias)
+    torch.testing.assert_close(prompts[:, 0], torch.stack(rows), rtol=1e-5, atol=1e-5)
+    weight = torch.linspace(-1, 1, 32)
+    ours = torch.autograd.grad((prompts[:, 0] @ weight).sum(), list(prompter.box_input.parameters()))
+    reference = torch.autograd.grad((torch.stack(rows) @ weight).sum(), list(prompter.box_input.parameters()))
+    for got, expected in zip(ours, reference, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("readout", ["mean", "prompt"])
+def test_joint_box_token_through_the_layer_is_the_naive_layer_with_one_prompt_token(readout):
+    prompter = Prompter(tiny(box_token="joint", prompter_readout=readout)).double()
+    randomise(prompter, 6)
+    tokens = torch.randn(B, N, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    boxes = torch.rand(R, 2, 2, generator=torch.Generator().manual_seed(8)).sort(dim=1).values.reshape(R, 4)
+    prompts = prompter.box_prompts(boxes)
+    ours = prompter(prompts, tokens, IMAGE_INDEX)
+    torch.testing.assert_close(ours, naive(prompter, stock_layer(prompter), prompts, tokens), rtol=2e-5, atol=2e-5)
+
+
+def test_a_prompter_of_texts_alone_has_no_box_parameters():
+    names = {name for name, _ in Prompter(tiny(box_token="joint"), boxes=False).named_parameters()}
+    assert not [name for name in names if name.startswith(("box_input", "corner_embedding"))]
+
+
 def test_text_prompt_projects_and_normalises_where_asked():
     feat = torch.randn(3, 16) * 5
     raw, unit = Prompter(tiny()), Prompter(tiny(normalize_text_prompt=True))

@@ -12,8 +12,9 @@ from PIL import Image
 
 from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
 from encoder.errors import DataError
+from encoder.export import export_clip
 from encoder.model import ClocModel
-from encoder.pretrained import export_clip, load_encoder, load_processor
+from encoder.pretrained import load_encoder, load_processor
 from encoder.processor import ClocProcessor
 from eval import refcoco
 from eval.metrics import paired_iou

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from encoder.errors import DataError
-from encoder.pretrained import export_clip, load_encoder, load_processor
+from encoder.export import export_clip
+from encoder.pretrained import load_encoder, load_processor
 from eval import region_classification
 from eval.predictions import load_evaluation
 from eval.region_features import OPENAI80, RegionFeatures, crop_boxes, name_classifier, roi_align, templates_named
