@@ -58,14 +58,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    job = ShardJob(arguments.shard_size, arguments.limit, max_missing=arguments.max_missing)
+    excluded, captions = held_out_images(arguments.exclude_refcoco), read_captions(arguments.captions)
+    job = ShardJob(arguments.shard_size, arguments.limit, excluded, captions, arguments.max_missing)
     source = open_source(arguments)
-    if (arguments.exclude_refcoco or arguments.captions) and not source.has_coco_ids:
+    if (excluded or captions) and not source.has_coco_ids:
         raise DataError(
             f"images of {source.dataset} have no COCO ids, so --exclude-refcoco and --captions find none; leave them out"
         )
-    excluded, captions = held_out_images(arguments.exclude_refcoco), read_captions(arguments.captions)
-    job = ShardJob(job.shard_size, job.limit, excluded, captions, job.max_missing)
     out = arguments.out
     wanted = {
         "dataset": source.dataset,
@@ -79,7 +78,7 @@ def main() -> None:
     }
     claim_folder(out, wanted)
     counts, missing = write_shards(source, out, job)
-    result = completeness(source.part, counts, len(missing))
+    result = completeness(source.part, counts, len(missing), job.limit)
     counts = dict(sorted(counts.items()))
     write_json(out / SUMMARY, {**wanted, "completeness": result, "counts": counts, "missing": missing})
     if not counts.get("records"):
@@ -117,14 +116,15 @@ def claim_folder(out: Path, wanted: dict) -> None:
     path = out / ARGUMENTS
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; give a folder for --out")
-    if not out.exists() or not any(out.iterdir()):
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{out} is not empty and has no readable {ARGUMENTS}; give another --out, or remove it") from error
+    if not any(out.glob("*_stats.json")):  # no shard is there yet
         write_json(path, wanted)
         return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{out} is not empty and has no readable {ARGUMENTS}; give another --out, or remove it") from error
     for key, value in wanted.items():
         if found.get(key) != value:
             raise DataError(

@@ -132,7 +132,8 @@ def single_questions(drawn: DrawnScene, seed: int, number: int) -> list[dict]:
     chosen = rng.sample(expressions, min(len(expressions), number - num_names))
     asked += [(index, _where(text, 0)) for index, text, _ in chosen]
     return [
-        _llava_record(drawn, f"{drawn.name}/{position}", messages, [index]) for position, (index, messages) in enumerate(asked)
+        _llava_record(drawn, f"{drawn.name}/{position}", messages, [index])
+        for position, (index, messages) in enumerate(asked)
     ]
 
 

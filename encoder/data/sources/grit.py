@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from encoder.data.sources.labelled import (
     Box,
@@ -39,6 +39,8 @@ def read_grit(annotations: list[Path], images: Path) -> Source:
     if annotations:
         files, rows = tuple(map(Path, annotations)), _table_rows(list(map(Path, annotations)), images)
     elif tars := tuple(sorted(images.glob("*.tar"))):
+        for tar in tars:
+            _check_end(tar)
         files, rows = tars, (row for tar in tars for row in _tar_rows(tar))
     else:
         files, labels = (), sorted(images.glob("*/*.json"))
@@ -135,6 +137,15 @@ def _read_parquet(path: Path) -> Iterator[dict]:
         raise DataError(f"{path}: not whole Parquet ({' '.join(str(error).split())}); download it again") from None
 
 
+def _check_end(tar: Path) -> None:
+    """Raises DataError for a tar that is cut off; tarfile takes a cut between two members for the end."""
+    with open(tar, "rb") as file:
+        length = file.seek(0, 2)
+        file.seek(max(0, length - END_OF_TAR))
+        if length < END_OF_TAR or any(file.read()):
+            raise DataError(f"{tar} does not end as a tar does, it is cut off or no tar; fetch it again with img2dataset")
+
+
 def _tar_rows(tar: Path) -> Iterator[tuple[dict, Callable[[], bytes], str]]:
     """The samples of one of img2dataset's tars: members of one sample follow each other and share a key."""
     with open(tar, "rb") as file:
@@ -150,13 +161,8 @@ def _tar_rows(tar: Path) -> Iterator[tuple[dict, Callable[[], bytes], str]]:
             yield _tar_row(tar, file, key, members)
 
 
-def _members(tar: Path, file) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar. Raises DataError for one cut off, or with what is no plain file. Nothing is ever unpacked."""
-    length = file.seek(0, 2)
-    file.seek(max(0, length - END_OF_TAR))
-    if length < END_OF_TAR or any(file.read()):
-        raise DataError(f"{tar} does not end as a tar does, it is cut off or no tar; fetch it again with img2dataset")
-    file.seek(0)
+def _members(tar: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar. Raises DataError for one with a broken header or with what is no plain file."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
@@ -168,7 +174,7 @@ def _members(tar: Path, file) -> Iterator[tarfile.TarInfo]:
         raise DataError(f"{tar} is not a whole tar ({error}); fetch it again with img2dataset") from None
 
 
-def _tar_row(tar: Path, file, key: str, members: dict) -> tuple[dict, Callable[[], bytes], str]:
+def _tar_row(tar: Path, file: BinaryIO, key: str, members: dict) -> tuple[dict, Callable[[], bytes], str]:
     where = f"{tar}, {key}.json"
     if "json" not in members:
         raise DataError(f"{where} is missing; fetch the tar again with img2dataset")

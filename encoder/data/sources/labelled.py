@@ -83,10 +83,10 @@ def read_json(path: Path, keep: set[str] | None = None) -> Any:
 
 def image_file(folder: Path, name: str, where: str) -> Callable[[], bytes]:
     """What reads `name` under `folder`. Raises DataError for a name that is not a plain relative path."""
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or parts[0] == "/" or ".." in parts or "\\" in name or ":" in name or "\0" in name:
+    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
+    if not path.name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise DataError(f"{where}: image file {name!r} leaves the folder of images; correct the annotations, do not trust them")
-    return partial(Path(folder, *parts).read_bytes)
+    return partial(Path(folder, path).read_bytes)
 
 
 def last_parts(url: str, where: str) -> str:

@@ -44,17 +44,20 @@ PUBLISHED: dict[str, dict[str, int]] = {
 }
 
 
-def completeness(part: str, counts: Counter, missing: int) -> str:
+def completeness(part: str, counts: Counter, missing: int, limit: int | None = None) -> str:
     """How what was read stands to what is published: `complete (...)`, `PARTIAL: ...` with both numbers, `not checked: ...`.
 
-    counts: of the dataset's own units, before anything was left out; missing: images that could not be used
+    counts: of the dataset's own units, before anything was left out; missing: images that could not be used; limit: how
+    many images were looked at, at most
     """
-    expected = PUBLISHED.get(part)
-    if expected is None:
-        return f"not checked: no published count of {part} is known here"
+    expected = PUBLISHED.get(part, {})
     short = [f"{counts[unit]} of {number} {unit}" for unit, number in expected.items() if counts[unit] != number]
+    if limit is not None and counts["images"] == limit and not short:
+        short.append(f"the first {limit} images")
     if missing:
         short.append(f"{missing} images could not be used")
     if short:
         return f"PARTIAL: {', '.join(short)}"
+    if not expected:
+        return f"not checked: no published count of {part} is known here"
     return f"complete ({', '.join(f'{number} {unit}' for unit, number in expected.items())}, as published)"

@@ -18,12 +18,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from encoder.data.reader import IMAGE_ERRORS
 from encoder.data.sources.labelled import Box, Label, Source, SourceImage
 from encoder.errors import DataError
 
 # PIL's name of a format -> the suffix of its member; these are the formats that the reader of shards takes.
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 MAX_NAMES = 8  # phrases that make up a caption where there is none
 CLIP_TOLERANCE = 1e-6  # px that a box may lie outside before it counts as clipped: sums of decimal fractions
 
@@ -74,11 +74,17 @@ def _finished(out: Path, number: int) -> dict | None:
     """The stats of a shard that is there, else None."""
     path = _stats_path(out, number)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = not found["counts"].get("records") or _shard_path(out, number).is_file()
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); remove it, and its shard is written again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not as this script writes it ({error!r}); remove it, its shard is written again") from None
+    return found if whole else None
+
+
+def _shard_path(out: Path, number: int) -> Path:
+    return out / f"{number:05d}.tar"
 
 
 def _stats_path(out: Path, number: int) -> Path:
@@ -89,7 +95,7 @@ def _write_shard(
     dataset: str, chunk: list[SourceImage], out: Path, number: int, job: ShardJob, already_missing: int, bar: tqdm
 ) -> dict:
     counts, missing = Counter(), []
-    path = out / f"{number:05d}.tar"
+    path = _shard_path(out, number)
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for place, image in enumerate(chunk):
@@ -124,7 +130,7 @@ def _write_shard(
         os.replace(partial, path)
     else:
         partial.unlink()
-    stats = {"counts": dict(counts), "missing": missing}
+    stats = {"counts": {name: number for name, number in counts.items() if number}, "missing": missing}
     write_json(_stats_path(out, number), stats)
     return stats
 
