@@ -1,19 +1,24 @@
-"""Asking an MLLM: pictures and questions in, words and boxes out, greedily and in batches."""
+"""Asking an MLLM: pictures and questions in, words and boxes out, greedily and in batches.
+
+A prompt is a prefix that ends with the picture, the same for every question about it, and the question. Tower and language
+model run the prefix once per picture; the questions go on from its keys and values. (B questions, N image tokens, P tokens
+of the prefix, L of the longest question.)
+"""
 
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import load_mllm
 from mllm.conversation import IMAGE, question_with_boxes
 
 Box = tuple[float, float, float, float]
-FEATURE_BYTES = 1 << 30  # projected pictures kept for further questions
+STATE_BYTES = 1 << 30  # of pictures' keys and values, kept for further questions
 
 
 class GroundingModel:
@@ -26,6 +31,8 @@ class GroundingModel:
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.codec = BoxCodec(settings.codec)
         self.image_token_id = model.config.image_token_id
+        # id of a picture and its prefix -> (the picture, which holds the id; its keys and values); the latest used last.
+        self._seen: OrderedDict[tuple, tuple[Image.Image, DynamicCache]] = OrderedDict()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -45,7 +52,7 @@ class GroundingModel:
     ) -> list[str]:
         """One answer per (image, question), greedy, in the order asked.
 
-        images: one picture per question; the same object given for several questions is seen by the tower once
+        images: one picture per question; the same object given for several questions, or again later, is run once
         questions: without the picture's mark; `<region>` (in order) or `<region:i>` names a box of `regions`
         regions: per question its boxes, xyxy in pixels of the original image
         """
@@ -53,15 +60,16 @@ class GroundingModel:
         prompts = [
             self._prompt_ids(image, question, boxes) for image, question, boxes in zip(images, questions, regions, strict=True)
         ]
-        # Prompts of one length lie side by side, and questions on one picture too: little padding, few tower calls.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), id(images[i]), i))
+        # Questions on one picture lie side by side, those of one length too: few prefixes at a time, little padding.
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i][0], id(images[i]), len(prompts[i][1]), i))
         answers: list[str] = [""] * len(prompts)
-        features: OrderedDict[int, Tensor] = OrderedDict()
         with tqdm(total=len(prompts), desc="answers", disable=not progress, unit="answer") as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                self._see([images[i] for i in rows], features)
-                texts = self._answer([prompts[i] for i in rows], [features[id(images[i])] for i in rows], max_new_tokens)
+            while order:
+                prefix = prompts[order[0]][0]
+                rows = [i for i in order[:batch_size] if prompts[i][0] == prefix]
+                order = order[len(rows) :]
+                self._see([images[i] for i in rows], prefix)
+                texts = self._answer([prompts[i] for i in rows], [images[i] for i in rows], max_new_tokens)
                 for i, text in zip(rows, texts, strict=True):
                     answers[i] = text
                 bar.update(len(rows))
@@ -77,46 +85,72 @@ class GroundingModel:
             return None, "the box lies in the padding, outside the picture"
         return tuple(box_px.tolist()), None
 
-    def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> list[int]:
+    def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> tuple[tuple[int, ...], list[int]]:
+        """Tokens up to the picture's one mark, and those after it."""
         geometry = self.settings.image.geometry(*image.size)
         content = IMAGE + "\n" + question_with_boxes(question, boxes, geometry, self.codec)
-        return self.tokenizer.apply_chat_template(
+        ids = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
+        mark = ids.index(self.image_token_id)
+        return tuple(ids[: mark + 1]), ids[mark + 1 :]
 
-    def _see(self, images: list[Image.Image], features: "OrderedDict[int, Tensor]") -> None:
-        """Projected image tokens (N, D) of the pictures not at hand, in one tower call; the longest unused make room."""
-        batch = {id(image): image for image in images}
-        new = {key: image for key, image in batch.items() if key not in features}
+    def _see(self, images: list[Image.Image], prefix: tuple[int, ...]) -> None:
+        """Keys and values of the prefix with each picture not at hand, in one call; the longest unused make room."""
+        batch = {(id(image), prefix): image for image in images}
+        new = {key: image for key, image in batch.items() if key not in self._seen}
         if new:
             pixels = self.settings.image.pixels(list(new.values())).to(self.model.device, self.model.dtype)
-            features.update(zip(new, self.model.get_image_features(pixels).pooler_output, strict=True))
+            ids = torch.tensor([self._widened(prefix)] * len(new), device=self.model.device)
+            state = self.model.model(input_ids=ids, pixel_values=pixels, use_cache=True).past_key_values
+            for row, (key, image) in enumerate(new.items()):
+                self._seen[key] = image, _rows(state, [row])
         for key in batch:
-            features.move_to_end(key)
-        size = features[next(iter(batch))].nbytes
-        while len(features) > max(len(batch), FEATURE_BYTES // size):
-            features.popitem(last=False)
+            self._seen.move_to_end(key)
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in next(iter(self._seen.values()))[1].layers)
+        while len(self._seen) > max(len(batch), STATE_BYTES // size):
+            self._seen.popitem(last=False)
 
-    def _answer(self, prompts: list[list[int]], features: list[Tensor], max_new_tokens: int) -> list[str]:
-        """Left-padded greedy decoding of prompts (each with one image mark) and their image tokens (N, D)."""
-        embed = self.model.get_input_embeddings()
-        rows = []
-        for ids, image_ND in zip(prompts, features, strict=True):
-            tokens_LD = embed(torch.tensor(ids, device=image_ND.device))
-            mark = ids.index(self.image_token_id)
-            rows.append(torch.cat([tokens_LD[:mark], image_ND, tokens_LD[mark + 1 :]]))
-        length = max(len(row) for row in rows)
-        embeds_BLD = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
-        mask_BL = torch.zeros(len(rows), length, dtype=torch.long, device=embeds_BLD.device)
-        for index, row in enumerate(rows):
-            embeds_BLD[index, length - len(row) :] = row
-            mask_BL[index, length - len(row) :] = 1
+    def _widened(self, prefix: tuple[int, ...]) -> list[int]:
+        return [*prefix[:-1], *[self.image_token_id] * self.model.config.image_seq_length]
+
+    def _answer(self, prompts: list[tuple], images: list[Image.Image], max_new_tokens: int) -> list[str]:
+        """Greedy decoding of prompts with one prefix; questions are left-padded, between the prefix and themselves."""
+        prefix = prompts[0][0]
+        numbers = {key: row for row, key in enumerate(dict.fromkeys(id(image) for image in images))}
+        states = [self._seen[key, prefix][1] for key in numbers]
+        state = _rows(_stacked(states), [numbers[id(image)] for image in images])
+        widened, length = self._widened(prefix), max(len(question) for _, question in prompts)
+        ids_BL = torch.full((len(prompts), len(widened) + length), self.tokenizer.pad_token_id)
+        mask_BL = torch.zeros_like(ids_BL)
+        ids_BL[:, : len(widened)], mask_BL[:, : len(widened)] = torch.tensor(widened), 1
+        for row, (_, question) in enumerate(prompts):
+            ids_BL[row, ids_BL.shape[1] - len(question) :] = torch.tensor(question)
+            mask_BL[row, ids_BL.shape[1] - len(question) :] = 1
         output = self.model.generate(
-            inputs_embeds=embeds_BLD,
-            attention_mask=mask_BL,
+            input_ids=ids_BL.to(self.model.device),
+            attention_mask=mask_BL.to(self.model.device),
+            past_key_values=state,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+        new = output[:, ids_BL.shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _rows(state: DynamicCache, rows: list[int]) -> DynamicCache:
+    """A state of these rows of `state`, copied."""
+    chosen = DynamicCache()
+    for number, layer in enumerate(state.layers):
+        chosen.update(layer.keys[rows], layer.values[rows], number)
+    return chosen
+
+
+def _stacked(states: list[DynamicCache]) -> DynamicCache:
+    joint = DynamicCache()
+    for number in range(len(states[0].layers)):
+        layers = [state.layers[number] for state in states]
+        joint.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), number)
+    return joint

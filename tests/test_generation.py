@@ -52,7 +52,8 @@ def test_answers_are_stock_llavas_greedy_ones(asked):
     model, images, questions, regions = asked
     got = model.generate(images, questions, regions, max_new_tokens=8, progress=False)
     for index in (0, 1, 2):
-        prompt = model._prompt_ids(images[index], questions[index], regions[index])
+        prefix, question = model._prompt_ids(images[index], questions[index], regions[index])
+        prompt = [*prefix, *question]
         ids = [i for token in prompt for i in ([token] * 25 if token == model.image_token_id else [token])]
         pixels, new = model.settings.image.pixels([images[index]]), []
         with torch.no_grad():
@@ -62,17 +63,25 @@ def test_answers_are_stock_llavas_greedy_ones(asked):
         assert got[index] == model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_a_picture_is_seen_once_and_few_are_kept(asked, monkeypatch):
+def test_a_picture_and_its_prefix_are_run_once_and_few_are_kept(asked, monkeypatch):
     model, images, questions, regions = asked
+    model._seen.clear()
     seen = []
-    real = model.model.get_image_features
-    monkeypatch.setattr(model.model, "get_image_features", lambda pixels: seen.append(len(pixels)) or real(pixels))
+    real = model.model.model.forward
+
+    def counted(*args, pixel_values=None, **kwargs):
+        seen.append(0 if pixel_values is None else len(pixel_values))
+        return real(*args, pixel_values=pixel_values, **kwargs)
+
+    monkeypatch.setattr(model.model.model, "forward", counted)
     alone = model.generate(images, questions, regions, batch_size=2, max_new_tokens=2, progress=False)
     assert sum(seen) == 3
-    seen.clear()
-    monkeypatch.setattr(generation, "FEATURE_BYTES", 1)  # room for the batch's own only
-    assert model.generate(images, questions, regions, batch_size=1, max_new_tokens=2, progress=False) == alone
-    assert sum(seen) > 3
+    assert model.generate(images, questions, regions, batch_size=3, max_new_tokens=2, progress=False) == alone
+    assert sum(seen) == 3  # known from the first time
+    monkeypatch.setattr(generation, "STATE_BYTES", 1)  # room for the batch's own only
+    for _ in range(2):
+        assert model.generate(images, questions, regions, batch_size=1, max_new_tokens=2, progress=False) == alone
+    assert len(model._seen) == 1 and sum(seen) > 3
 
 
 def test_boxes_come_back_in_pixels_of_the_picture(asked):
