@@ -79,7 +79,9 @@ def _set_random_state(state: list[Tensor]) -> None:
 
 def _leaves(output: ClocOutput) -> ClocOutput:
     """The same values as the start of a new graph."""
-    return ClocOutput(**{name: None if value is None else value.detach().requires_grad_() for name, value in vars(output).items()})
+    return ClocOutput(
+        **{name: None if value is None else value.detach().requires_grad_() for name, value in vars(output).items()}
+    )
 
 
 def _joined(outputs: list[ClocOutput]) -> ClocOutput:

@@ -108,7 +108,7 @@ class ClocModel(CLIPModel):
         elif isinstance(module, ClocModel):
             if self.config.position_init == "sincos":
                 init_sincos_positions(self.vision_model.embeddings, self.config)
-            if module.logit_bias is not None:
+            if getattr(module, "logit_bias", None) is not None:  # CLIPModel initialises before it is there
                 init.constant_(module.logit_bias, self.config.logit_bias_init_value)
                 init.constant_(module.region_logit_bias, self.config.logit_bias_init_value)
 

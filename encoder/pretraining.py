@@ -149,10 +149,10 @@ def make_engine(model: ClocModel, config: PretrainConfig) -> deepspeed.DeepSpeed
 
 def train_step(engine: deepspeed.DeepSpeedEngine, batch: dict, loss_config: LossConfig) -> dict:
     """Forward, backward and update on this rank's part of a batch; returns the report of `cloc_losses`."""
-    floating = engine.module.dtype
 
     def forward(part: dict) -> ClocOutput:
-        return engine(**{key: value.to(engine.device, floating if key == "pixel_values" else None) for key, value in part.items()})
+        dtypes = {"pixel_values": engine.module.dtype}
+        return engine(**{key: value.to(engine.device, dtypes.get(key)) for key, value in part.items()})
 
     def loss_of(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | None) -> tuple[Tensor, dict]:
         if boxes is not None:
