@@ -78,12 +78,15 @@ class ClocConfig(RegionConfig, CLIPConfig):
     text_config, vision_config, projection_dim, logit_scale_init_value: as in `transformers.CLIPConfig`
     position_init: how a tower trained from scratch starts its position table: `normal` (CLIP's), or `sincos`, the same
         sinusoids that encode the corners of a box (a starting point: the table is learned either way)
+    logit_bias_init_value: start of the two learned biases that the sigmoid loss adds to its logits (SigLIP's is -10); None
+        for a model without them
     """
 
     model_type = "cloc"
     num_class_tokens = 1  # image tokens that are no patch
 
     position_init: str = "normal"
+    logit_bias_init_value: float | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

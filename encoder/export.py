@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPVisionModel, SiglipModel, SiglipVisionModel
 
-from encoder.model import ADDED_TO_CLIP, RegionEncoder
+from encoder.model import RegionEncoder
 from encoder.processor import ClocProcessor
 
 PREFIX = "vision_model."
@@ -50,7 +50,8 @@ def export_clip(
     config = {"model_type": kind, "architectures": [f"{name}Model"], "dtype": _dtype_name(model)}
     config |= {key: getattr(model.config, key) for key in OWN_FIELDS[kind]}
     config |= {key: getattr(model.config, key).to_dict() for key in ("text_config", "vision_config")}
-    kept = (item for item in model.state_dict().items() if not item[0].startswith((*ADDED_TO_CLIP, PREFIX)))
+    left_out = (*getattr(model, "added", ()), PREFIX)
+    kept = (item for item in model.state_dict().items() if not item[0].startswith(left_out))
     _write(Path(folder), config, {**dict(kept), **_vision_state(model)})
     if processor is not None:
         processor.tokenizer.save_pretrained(folder)

@@ -9,7 +9,7 @@ from transformers import SiglipModel
 from encoder.config import ClocConfig, ClocSiglipConfig
 from encoder.errors import DataError
 from encoder.from_open_clip import load_open_clip
-from encoder.model import ADDED_TO_CLIP, ClocModel
+from encoder.model import ClocModel
 from encoder.pretrained import folder_kind, load_encoder
 from encoder.siglip import ClocSiglipModel
 
@@ -56,10 +56,10 @@ def from_clip(
     config = (ClocSiglipConfig if is_siglip else ClocConfig)(**{**base, **fields})
     model = (ClocSiglipModel if is_siglip else ClocModel)(config)
     missing, unused = model.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.startswith(ADDED_TO_CLIP)]
+    missing = [key for key in missing if not key.startswith(model.added)]
     if missing or unused:
         raise DataError(f"{source}: parameters missing {missing[:5]}, unused {unused[:5]}; is it a stock CLIP?")
-    with torch.no_grad():  # the region loss's own temperature starts where the image loss's is
+    with torch.no_grad():  # what the region loss has of its own starts where the image loss's is
         for name in ("logit_scale", "logit_bias"):
             own = getattr(model, f"region_{name}", None)
             if own is not None:

@@ -19,8 +19,8 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from encoder.config import ClocConfig, RegionConfig
 from encoder.prompter import BoxHead, BoxInput, Prompter, PromptLayer, sinusoids
 
-# Parameters that CLOC adds to CLIP, by the start of their names.
-ADDED_TO_CLIP = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale", "region_logit_bias")
+# Parameters that CLOC adds to its towers' model, by the start of their names.
+ADDED = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale", "region_logit_bias")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class ClocOutput:
     region_feat, region_text_feat: (R, E) of the box prompts and of the regions' own texts
     predicted_boxes: (R, 4) xyxy in [0, 1], from the text prompts
     logit_scale, region_logit_scale: (), log of 1/temperature of the image-text and the region-text loss
-    logit_bias, region_logit_bias: (), of the sigmoid loss; None for towers that have none
+    logit_bias, region_logit_bias: (), of the sigmoid loss; None where the model has none
     """
 
     image_feat: Tensor
@@ -60,15 +60,20 @@ class RegionEncoder:
     `from_pretrained`, `save_pretrained` and the Auto classes work as for any model.
     """
 
+    added = ADDED
+
     def __init__(self, config: RegionConfig):
         super().__init__(config)
         self.prompter = Prompter(config, texts=config.prompter_shared)
         self.text_prompter = None if config.prompter_shared else Prompter(config, boxes=False)
         own = config.region_temperature == "own"
-        for name in ("scale", "bias"):
-            shared = getattr(self, f"logit_{name}", None)
-            copy = nn.Parameter(shared.detach().clone()) if own and shared is not None else None
-            self.register_parameter(f"region_logit_{name}", copy)
+        if getattr(config, "logit_bias_init_value", None) is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init_value)))
+        # The region loss has its own bias wherever there is one: how many negatives a pair has differs between the two.
+        for name, needed in (("logit_scale", own), ("logit_bias", True)):
+            shared = getattr(self, name, None)
+            copy = nn.Parameter(shared.detach().clone()) if needed and shared is not None else None
+            self.register_parameter(f"region_{name}", copy)
         self.box_head = BoxHead(config)
         self.post_init()
 
@@ -174,12 +179,17 @@ class ClocModel(RegionEncoder, CLIPModel):
     config_class = ClocConfig
     base_model_prefix = "cloc"
     scalar_shape = ()  # of logit_scale in a saved CLIP
+    added = (*ADDED, "logit_bias")  # which a stock SigLIP has
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, ClocModel) and self.config.position_init == "sincos":
-            init_sincos_positions(self.vision_model.embeddings, self.config)
+        if isinstance(module, ClocModel):
+            if self.config.position_init == "sincos":
+                init_sincos_positions(self.vision_model.embeddings, self.config)
+            for name in ("logit_bias", "region_logit_bias"):
+                if getattr(module, name, None) is not None:  # CLIPModel initialises before they are there
+                    init.constant_(getattr(module, name), self.config.logit_bias_init_value)
 
     def encode_image(self, pixel_values: Tensor) -> ImageEncoding:
         """Pixels (B, 3, S, S), normalised -> the tokens and feature of each image; the one pass that all prompts share."""
