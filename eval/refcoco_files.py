@@ -1,17 +1,14 @@
 """Reads the RefCOCO family as its authors distribute it: `refs(unc).p` (a pickle) and `instances.json` beside it.
 
-The format is that of github.com/lichengunc/refer. A pickle can name any class and run it, so this one is read by an
-unpickler that knows no class at all: lists, dicts, strings and numbers need none, and Python 2's files hold nothing
-else. The counts checked are those of the papers (the unit is the expression, not the referred object).
+The format is that of github.com/lichengunc/refer. The pickle is read without running anything it names. The counts
+checked are those of the papers (the unit is the expression, not the referred object).
 """
 
-import io
-import pickle
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from encoder.data.plain_pickle import read_plain_pickle
 from encoder.errors import DataError
 from eval.coco_files import Instances, read_instances
 from eval.predictions import Target
@@ -24,30 +21,6 @@ PUBLISHED = {
 }
 # COCO's own images, which only the published sets refer to.
 PUBLISHED_IMAGES = "COCO_train2014_"
-
-
-class _NoClasses(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """A pickle of lists, tuples, dicts, strings, numbers, booleans and None, of Python 2 or 3; all else is refused.
-
-    Raises DataError for a file that is missing, cut off, not a pickle, or that names a class or function.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there; --data is the folder that holds refs(...).p and instances.json") from None
-    try:
-        return _NoClasses(io.BytesIO(data), encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        if "it names" in str(error):
-            raise DataError(f"{path}: {error}, and only lists, dicts, strings and numbers are read; do not trust it") from None
-        raise DataError(f"{path}: not a whole pickle ({error}); download it again") from None
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise DataError(f"{path}: not a whole pickle ({type(error).__name__}: {error}); download it again") from None
 
 
 @dataclass(frozen=True)
