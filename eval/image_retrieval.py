@@ -52,12 +52,11 @@ def main() -> None:
     rows = read_karpathy(args.annotations, args.split)
     pictures = [open_picture(args.images, name, captions) for name, captions in rows[: args.limit]]
     embedder = Embedder(args.model, args.device, args.geometry)
+    name = f"{args.annotations.stem.removeprefix('dataset_')}-{args.split}"
     evaluate_retrieval(
         pictures,
         args.texts,
-        Directions(
-            args.out, ("text_to_image", "image_to_text"), f"{args.annotations.stem.removeprefix('dataset_')}-{args.split}"
-        ),
+        Directions(args.out, ("text_to_image", "image_to_text"), name),
         embedder,
         lambda images, boxes: embedder.embed_images(images),
         args.batch_size,

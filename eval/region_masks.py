@@ -46,7 +46,7 @@ class Masks:
             return row.outline
         try:
             rle = run_lengths(row.outline, width, height)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:  # what pycocotools raises for it
             raise DataError(f"{where}: its segmentation is no polygon and no run-length encoding ({error}); correct it") from None
         if tuple(rle["size"]) != (height, width):
             raise DataError(f"{where}: its segmentation is of {rle['size'][::-1]} px, its image of {[width, height]}; correct it")
@@ -70,7 +70,11 @@ def run_lengths(outline: list | dict, width: int, height: int) -> dict:
     """Polygons [[x, y, x, y, ...], ...] or a run-length encoding, compressed or not -> the compressed one."""
     if isinstance(outline, list):
         return rle_tools.merge(rle_tools.frPyObjects(outline, height, width))
-    return rle_tools.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else outline
+    if not isinstance(outline["counts"], list):
+        return outline
+    if sum(outline["counts"]) != width * height:  # pycocotools would fill the rest with whatever lies in memory
+        raise ValueError(f"its runs add up to {sum(outline['counts'])} pixels, {width * height} are needed")
+    return rle_tools.frPyObjects(outline, height, width)
 
 
 @lru_cache(maxsize=2)

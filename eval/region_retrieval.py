@@ -129,7 +129,7 @@ def picture_of(image: SourceImage, dataset: str, counts: Counter) -> Picture:
     Captions: of GRIT the referring expression (the longest text that the release has for a box), else all there are.
     Labels with the same box are one. Raises DataError for an image that is missing, broken, or of another size than stated.
     """
-    found = width, height = opened(image, lambda picture: picture.size)
+    found = width, height = with_opened(image, lambda picture: picture.size)
     if image.size not in (None, found):
         raise DataError(
             f"{image.name} is {width}x{height} px, its annotations say {image.size[0]}x{image.size[1]}; use the original images"
@@ -146,11 +146,11 @@ def picture_of(image: SourceImage, dataset: str, counts: Counter) -> Picture:
             counts["boxes without caption"] += 1
         else:
             captions.setdefault((x1, y1, x2, y2), []).extend(phrases)
-    load = partial(opened, image, lambda found: found.convert("RGB"))
+    load = partial(with_opened, image, lambda found: found.convert("RGB"))
     return Picture(image.name, width, height, load, tuple(captions), tuple(map(tuple, captions.values())))
 
 
-def opened(image: SourceImage, use: Callable[[Image.Image], Any]) -> Any:
+def with_opened(image: SourceImage, use: Callable[[Image.Image], Any]) -> Any:
     """What `use` makes of the opened picture. DataError where there is none, or it is broken."""
     try:
         with Image.open(io.BytesIO(image.read())) as found:

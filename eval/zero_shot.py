@@ -10,6 +10,7 @@ import argparse
 import random
 from pathlib import Path
 
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
@@ -83,11 +84,13 @@ def classify(args: argparse.Namespace, folder: Path) -> None:
     remaining = log.remaining()
     if not remaining:
         return
-    classifier_KE = name_classifier(embedder.model, embedder.processor, classes.names, templates)
+    # Classes of one name are one candidate with copies, so that they score exactly the same.
+    unique = list(dict.fromkeys(classes.names))
+    classifier_KE = name_classifier(embedder.model, embedder.processor, unique, templates)
     batches = (remaining[start : start + args.batch_size] for start in range(0, len(remaining), args.batch_size))
     with tqdm(total=len(targets), initial=len(targets) - len(remaining), unit="picture", desc=folder.name) as bar:
         for batch, images in read_ahead(batches, lambda target: read_picture(args.images / target.image)):
-            log.append(answers(batch, embedder.embed_images(images), classifier_KE, classes, args.templates))
+            log.append(answers(batch, embedder.embed_images(images), classifier_KE, unique, classes, args.templates))
             bar.update(len(batch))
 
 
@@ -104,13 +107,19 @@ def as_targets(classes: ClassFolders, limit: int | None) -> list[Target]:
     return targets
 
 
-def answers(targets: list[Target], image_emb_BE: Tensor, classifier_KE: Tensor, classes: ClassFolders, prompt: str):
-    """A prediction per picture: the best class, and the place of the true one among all."""
-    number = {folder: index for index, folder in enumerate(classes.folders)}
-    right = Tensor([(row, number[target.category]) for row, target in enumerate(targets)]).long()
-    places, best = rank(image_emb_BE, classifier_KE, right)
+def answers(
+    targets: list[Target], image_emb_BE: Tensor, classifier_KE: Tensor, unique: list[str], classes: ClassFolders, prompt: str
+) -> list[Prediction]:
+    """A prediction per picture: the best name, and the place of the true class among all.
+
+    unique: the distinct names, of which classifier_KE has the embeddings
+    """
+    name_of = dict(zip(classes.folders, classes.names, strict=True))
+    right = torch.tensor([(row, unique.index(name_of[target.category])) for row, target in enumerate(targets)])
+    copies = torch.tensor([classes.names.count(name) for name in unique])
+    places, best = rank(image_emb_BE, classifier_KE, right, copies)
     return [
-        Prediction(target.id, target.image, prompt, f"{classes.folders[index]} {classes.names[index]}", place=tuple(place))
+        Prediction(target.id, target.image, prompt, unique[index], place=tuple(place))
         for target, index, place in zip(targets, best.tolist(), places.tolist(), strict=True)
     ]
 
