@@ -46,11 +46,12 @@ class Picture:
 class Gallery:
     """The items of all pictures and their captions, numbered; what is asked, and what is right.
 
+    texts: one of `TEXTS`; lowercase: whether the model sees no case
     items: (picture, box) per item; captions: (item, text) per caption
     unique: the distinct texts, as first spelled; text_T: (T,) which of them each caption is
     """
 
-    def __init__(self, pictures: list[Picture], texts: str):
+    def __init__(self, pictures: list[Picture], texts: str, lowercase: bool):
         self.pictures, self.distinct = pictures, texts == "distinct"
         self.items = [(picture, box) for picture in pictures for box in picture.boxes]
         of_items = [captions for picture in pictures for captions in picture.captions]
@@ -60,7 +61,7 @@ class Gallery:
         self.unique: list[str] = []
         of_captions = []
         for _, text in self.captions:
-            key = plain_name(text) if self.distinct else text
+            key = plain_name(text) if self.distinct or lowercase else text
             if key not in number:
                 number[key] = len(self.unique)
                 self.unique.append(text)
@@ -112,7 +113,7 @@ class Directions:
 
     def logs(self, gallery: Gallery, protocol: dict[str, Any], model: dict, settings: dict) -> list[PredictionLog]:
         """Opens both, with what chance would score in the protocol."""
-        query_text, right_of_texts = gallery.text_queries()
+        _, right_of_texts = gallery.text_queries()
         copies, right_of_items = gallery.item_answers()
         candidates = (len(gallery.items), int(copies.sum()))
         right = (right_of_texts[:, 0].bincount(), right_of_items[:, 0].bincount())
@@ -143,7 +144,7 @@ def evaluate_retrieval(
     texts: one of `TEXTS`; embed: pictures and their boxes -> (I, E), L2-normalised; batch_size: pictures
     An evaluation that is there already is scored again and not computed.
     """
-    gallery = Gallery(pictures, texts)
+    gallery = Gallery(pictures, texts, embedder.processor.lowercase)
     protocol = {**protocol, "texts": texts, "pictures": len(pictures)}
     logs = directions.logs(gallery, protocol, embedder.record(), {**settings, "batch_size": batch_size})
     if any(log.remaining() for log in logs):

@@ -232,17 +232,9 @@ def test_unusable_boxes_are_left_out_on_request_and_counted(models, boxes):
 
 
 def test_dense_features_of_a_siglip_are_its_head_on_each_patch_alone():
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
-    config = SiglipConfig(
-        text_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "vocab_size": 9,
-        },
-        vision_config={**vision, "patch_size": 4},
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    config = SiglipConfig(text_config={**sizes, "vocab_size": 9}, vision_config=vision)
     torch.manual_seed(0)
     model = SiglipModel(config).eval()
     pixels = torch.randn(2, 3, 16, 16)
