@@ -184,13 +184,11 @@ def test_completeness_against_the_published_counts():
 def test_as_a_user_runs_it(tmp_path):
     annotations, images = write_coco(tmp_path / "coco")
     command = [sys.executable, str(SCRIPT), "coco", "--annotations", str(annotations), "--images", str(images)]
-    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
+    command += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last == (
         f"3 records, 4 regions of coco/instances_train2017 are in {tmp_path / 'out'}; "
         "PARTIAL: 4 of 118287 images, 7 of 860001 annotations"
     )
-    (images / "000000000009.jpg").unlink()
-    done = subprocess.run([*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: 1 of the first 4 images")

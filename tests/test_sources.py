@@ -279,6 +279,20 @@ def test_grit_that_cannot_be_used(tmp_path, changes, message):
         prepare("grit", [], images, tmp_path / "out")
 
 
+def test_odd_texts_of_grit(tmp_path):
+    """A phrase that is not in the caption is none; half a surrogate pair does not reach a shard."""
+    images = write_grit_tars(tmp_path / "grit", samples=1)
+    inside = [0, 5, 0.0, 0.0, 0.5, 0.5, 0.9]
+    chunks = [inside, [3, 99, 0.5, 0.5, 1.0, 1.0, 0.9], [-4, 2, 0.1, 0.5, 1.0, 1.0, 0.9], [float("nan"), 2, 0, 0, 1, 1, 0.9]]
+    rows = put(tmp_path / "rows.json", [{"id": 1, "caption": "a cat \ud83d", "noun_chunks": chunks, "ref_exps": [inside]}])
+    put(images / "1.jpg", picture(20, 10, 0))
+    summary = prepare("grit", [rows], images, tmp_path / "out")
+    assert records_of(tmp_path / "out") == [(("a cat ?",), [((0.0, 0.0, 10.0, 5.0), ("a cat",), 0.9)])]
+    assert summary["counts"]["boxes_without_phrase"] == 3
+    with pytest.raises(DataError, match="nothing.parquet is not there"):
+        prepare("grit", [tmp_path / "nothing.parquet"], images, tmp_path / "two")
+
+
 def test_broken_grit(tmp_path):
     images = write_grit_tars(tmp_path / "grit")
     whole = (images / "00000.tar").read_bytes()

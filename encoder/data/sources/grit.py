@@ -37,7 +37,11 @@ def read_grit(annotations: list[Path], images: Path) -> Source:
     check_folder(images, "--images")
     images = Path(images)
     if annotations:
-        files, rows = tuple(map(Path, annotations)), _table_rows(list(map(Path, annotations)), images)
+        files = tuple(map(Path, annotations))
+        for path in files:
+            if not path.is_file():
+                raise DataError(f"{path} is not there; give the released .parquet files, or .json or .jsonl, as --annotations")
+        rows = _table_rows(files, images)
     elif tars := tuple(sorted(images.glob("*.tar"))):
         for tar in tars:
             _check_end(tar)
@@ -61,13 +65,14 @@ def _image(row: dict, read: Callable[[], bytes], where: str) -> SourceImage:
                 "or give the released rows as --annotations"
             )
     _refuse_other_frame(row, where)
-    caption = row["caption"] or ""
+    caption = row["caption"] if isinstance(row["caption"], str) else ""
     phrases: dict[Box, list[str]] = {}
     scores: dict[Box, float] = {}
     for key in ("noun_chunks", "ref_exps"):
         for index, item in enumerate(row[key] or ()):
             first, end, *box, score = numbers(item, 7, f"{where}: {key}[{index}]")
-            phrases.setdefault(tuple(box), []).append(caption[max(0, int(first)) : max(0, int(end))])
+            inside = 0 <= first < end <= len(caption)
+            phrases.setdefault(tuple(box), []).append(caption[int(first) : int(end)] if inside else "")
             scores.setdefault(tuple(box), score)
     labels = tuple(Label(box, text_phrases(*texts), scores[box]) for box, texts in phrases.items())
     counts = Counter(images=1, noun_chunks=len(row["noun_chunks"] or ()), ref_exps=len(row["ref_exps"] or ()))
@@ -97,7 +102,7 @@ def _first_of(stem: Path) -> bytes:
     raise FileNotFoundError(f"{stem}.jpg")
 
 
-def _table_rows(paths: list[Path], images: Path) -> Iterator[tuple[dict, Callable[[], bytes], str]]:
+def _table_rows(paths: tuple[Path, ...], images: Path) -> Iterator[tuple[dict, Callable[[], bytes], str]]:
     for path in paths:
         for number, row in enumerate(_read_table(path)):
             where = f"{path}, row {number}"
@@ -110,7 +115,7 @@ def _table_rows(paths: list[Path], images: Path) -> Iterator[tuple[dict, Callabl
 
 def _read_table(path: Path) -> Iterator[Any]:
     if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     yield json.loads(line)

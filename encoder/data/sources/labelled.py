@@ -115,5 +115,7 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 def text_phrases(*texts: Any) -> tuple[str, ...]:
-    """The texts without what surrounds them, each once, in order; empty ones and what is no text are left out."""
-    return tuple(dict.fromkeys(text.strip() for text in texts if isinstance(text, str) and text.strip()))
+    """The texts without what surrounds them, each once, in order; empty ones and what is no text are left out. A half of
+    a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
+    strings = (text.encode("utf-8", "replace").decode("utf-8").strip() for text in texts if isinstance(text, str))
+    return tuple(dict.fromkeys(filter(None, strings)))

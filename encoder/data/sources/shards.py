@@ -11,7 +11,7 @@ import math
 import os
 import tarfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class ShardJob:
     shard_size: int = 1000
     limit: int | None = None
     excluded: frozenset[int] = frozenset()
-    captions: dict[int, tuple[str, ...]] | None = None
+    captions: dict[int, tuple[str, ...]] = field(default_factory=dict)
     max_missing: int = 0
 
     def __post_init__(self):
@@ -109,7 +109,7 @@ def _write_shard(
                 missing.append(problem)
                 continue
             key = f"{number * job.shard_size + place:09d}"
-            record = _record(dataset, image, f"{key}.{suffix}", size, job.captions or {}, counts)
+            record = _record(dataset, image, f"{key}.{suffix}", size, job.captions, counts)
             if not record["captions"]:
                 counts["images_without_text"] += 1
                 continue
