@@ -1,6 +1,11 @@
-"""Reads COCO's `instances.json` and checks the images it names, for every benchmark that builds on COCO's format."""
+"""Reads COCO-style annotation files and checks the images they name, for every benchmark that builds on that format.
+
+Read as they are: `instances_*.json` of COCO and of all that is written like it (RefCOCO, ADE20K's instances), LVIS v1,
+Objects365 v2, and `panoptic_*.json` of COCO or ADE20K, whose segments become annotations of their own.
+"""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,40 +15,64 @@ from PIL import Image, UnidentifiedImageError
 from encoder.boxes import valid_boxes, xywh_to_xyxy
 from encoder.errors import DataError
 
+FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # LVIS: in up to 10, up to 100, more training images
+
 
 @dataclass(frozen=True)
 class Annotation:
-    """One annotated object; `box_xywh` as in the file: left, top, width, height in pixels of the original image."""
+    """One annotated object; `box_xywh` as in the file: left, top, width, height in pixels of the original image.
 
-    id: int
+    id: of a panoptic segment `<image id>-<segment id>`
+    outline: as in the file, polygons or a run-length encoding, or (file name, segment id) of a panoptic PNG; None where
+        the file has none
+    """
+
+    id: int | str
     image_id: int
     category_id: int
     box_xywh: tuple[float, float, float, float]
     crowd: bool
+    outline: list | dict | tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
 class Instances:
-    """images: id -> (file name, width, height in pixels); categories: id -> name, in file order; annotations: by id."""
+    """images: id -> (file name, width, height in pixels); categories: id -> name, in file order; annotations: by id.
+
+    sorts: category id -> rare, common, frequent (LVIS) or thing, stuff (panoptic); "" elsewhere
+    """
 
     path: Path
     images: dict[int, tuple[str, int, int]]
     categories: dict[int, str]
-    annotations: dict[int, Annotation]
+    annotations: dict[int | str, Annotation]
+    sorts: dict[int, str]
 
     def boxes(self, annotations: list[Annotation]) -> list[tuple[float, float, float, float]]:
         """Their boxes as xyxy pixels. DataError for one without area, or more than a pixel outside its image."""
+        boxes_R4, _, valid_R = self._boxes(annotations)
+        if not valid_R.all():
+            raise DataError(self.fault(annotations[int((~valid_R).nonzero()[0])]))
+        return [tuple(box) for box in boxes_R4.tolist()]
+
+    def unusable(self, annotations: list[Annotation]) -> list[Annotation]:
+        """Those whose box has no area, or lies more than a pixel outside its image."""
+        return [annotations[index] for index in (~self._boxes(annotations)[2]).nonzero().flatten().tolist()]
+
+    def fault(self, row: Annotation) -> str:
+        """What is wrong with an unusable one, as a sentence."""
+        width, height = self.images[row.image_id][1:]
+        return (
+            f"{self.path}: annotation {row.id} has bbox {list(row.box_xywh)} in an image of {width}x{height} px; it needs a "
+            "positive size and a place inside the image, correct or remove it"
+        )
+
+    def _boxes(self, annotations: list[Annotation]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         xywh_R4 = torch.tensor([row.box_xywh for row in annotations], dtype=torch.float64).reshape(-1, 4)
         frame_R2 = torch.tensor([self.images[row.image_id][1:] for row in annotations]).reshape(-1, 2)
         boxes_R4 = xywh_to_xyxy(xywh_R4)
-        valid_R = valid_boxes(boxes_R4, float("inf"), float("inf")) & (boxes_R4[:, 2:] <= frame_R2 + 1).all(-1)
-        for index in (~valid_R).nonzero().flatten().tolist()[:1]:
-            width, height = frame_R2[index].tolist()
-            raise DataError(
-                f"{self.path}: annotation {annotations[index].id} has bbox {list(annotations[index].box_xywh)} in an image of "
-                f"{width}x{height} px; it needs a positive size and a place inside the image, correct or remove it"
-            )
-        return [tuple(box) for box in boxes_R4.tolist()]
+        inside_R = (boxes_R4[:, 2:] <= frame_R2 + 1).all(-1)
+        return boxes_R4, frame_R2, valid_boxes(boxes_R4, float("inf"), float("inf")) & inside_R
 
 
 def read_instances(path: Path) -> Instances:
@@ -56,23 +85,61 @@ def read_instances(path: Path) -> Instances:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not JSON ({error}); write or download it again") from None
     try:
-        images = {row["id"]: (row["file_name"], row["width"], row["height"]) for row in content["images"]}
+        images = {row["id"]: (_file_name(row), row["width"], row["height"]) for row in content["images"]}
         categories = {row["id"]: row["name"] for row in content["categories"]}
-        annotations = {
-            row["id"]: Annotation(row["id"], row["image_id"], row["category_id"], tuple(row["bbox"]), bool(row.get("iscrowd", 0)))
-            for row in content["annotations"]
-        }
-    except (KeyError, TypeError) as error:
+        sorts = {row["id"]: _sort(row) for row in content["categories"]}
+        rows = [annotation for row in content["annotations"] for annotation in _annotations(row)]
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a COCO instances file ({error!r}); see cocodataset.org/#format-data") from None
-    for what, rows in (("images", images), ("categories", categories), ("annotations", annotations)):
-        if len(rows) < len(content[what]):
+    annotations = {row.id: row for row in rows}
+    for what, table, listed in (
+        ("images", images, content["images"]),
+        ("categories", categories, content["categories"]),
+        ("annotations", annotations, rows),
+    ):
+        if len(table) < len(listed):
             raise DataError(f"{path}: an id occurs twice under '{what}'; ids must be unique")
-    for row in annotations.values():
+    for row in rows:
         if row.image_id not in images or row.category_id not in categories:
             raise DataError(f"{path}: annotation {row.id} names an image_id or category_id that the file does not have")
         if len(row.box_xywh) != 4:
             raise DataError(f"{path}: annotation {row.id} has bbox {list(row.box_xywh)}; four numbers were expected")
-    return Instances(path, images, categories, annotations)
+    return Instances(path, images, categories, annotations, sorts)
+
+
+def _file_name(row: dict) -> str:
+    """Path of an image below the folder of images.
+
+    LVIS names a URL, whose last folder counts (it draws on COCO's train2017 and val2017); Objects365 puts
+    `images/v1/` or `images/v2/` before the `patchN` folders that it is delivered in.
+    """
+    if "file_name" not in row:
+        return "/".join(row["coco_url"].split("/")[-2:])
+    return re.sub(r"^images/v[12]/(?=patch\d+/)", "", row["file_name"])
+
+
+def _sort(category: dict) -> str:
+    if "isthing" in category:
+        return "thing" if category["isthing"] else "stuff"
+    return FREQUENCIES.get(category.get("frequency"), "")
+
+
+def _annotations(row: dict) -> list[Annotation]:
+    """An instance, or all segments of a panoptic image."""
+    if "segments_info" not in row:
+        box, crowd, outline = tuple(row["bbox"]), bool(row.get("iscrowd", 0)), row.get("segmentation")
+        return [Annotation(row["id"], row["image_id"], row["category_id"], box, crowd, outline or None)]
+    return [
+        Annotation(
+            f"{row['image_id']}-{segment['id']}",
+            row["image_id"],
+            segment["category_id"],
+            tuple(segment["bbox"]),
+            bool(segment.get("iscrowd", 0)),
+            (row["file_name"], segment["id"]),
+        )
+        for segment in row["segments_info"]
+    ]
 
 
 def check_images(named: dict[str, tuple[int, int]], folder: Path) -> None:

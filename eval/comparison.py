@@ -183,7 +183,7 @@ def compare(runs: list[Run], pairs: list[Pair], seed: int = 0) -> list[Row]:
                 for pair in pairs
                 if pair.first in scored and pair.second in scored
             }
-            rows.append(Row(name, metric, len(any_run.ids), any_run.chance, accuracies, differences))
+            rows.append(Row(name, metric, len(any_run.ids), any_run.chance[metric], accuracies, differences))
     return rows
 
 

@@ -4,7 +4,7 @@ An interval is the 95% percentile bootstrap that redraws **images**, not questio
 its difficulty, and an interval that forgets it is too narrow. The difference of two models is the same function on the
 difference of their scores per question, which is what makes the comparison paired.
 
-N questions, K classes, C images (clusters), S bootstrap samples.
+N questions, K classes, C images (clusters), S bootstrap samples, Q queries of a retrieval.
 """
 
 from dataclasses import dataclass
@@ -83,6 +83,28 @@ def macro_mean(values_N: np.ndarray, classes_N: np.ndarray) -> float:
     """Mean over classes of the mean within each class; (N,) values, (N,) class labels of any kind."""
     _, index = np.unique(classes_N, return_inverse=True)
     return float(np.mean(np.bincount(index, np.asarray(values_N, np.float64)) / np.bincount(index)))
+
+
+def recall_at(k: int, places_Q3: np.ndarray) -> np.ndarray:
+    """Probability (Q,) that a right candidate is among the first k, where candidates of equal score come in random order:
+    so a model that finds everything alike scores chance.
+
+    places_Q3: per query, how many wrong candidates score higher than the best right one, how many wrong ones score the
+    same, and how many right ones do (see `eval.ranking`)
+    With s of the first k left for w wrong and r right ones of equal score, all s are wrong in C(w, s) / C(w + r, s) cases.
+    """
+    higher, wrong, right = np.asarray(places_Q3, np.float64).reshape(-1, 3).T
+    missed = np.ones(len(higher))
+    for taken in range(k):
+        left = np.maximum(wrong + right - taken, 1)
+        missed *= np.where(higher + taken < k, np.maximum(wrong - taken, 0) / left, 1.0)
+    return 1 - missed
+
+
+def chance_at(k: int, num_candidates: int, num_right_Q: np.ndarray) -> float:
+    """Recall at k of a random order, for queries with `num_right_Q` right ones among the candidates."""
+    right = np.asarray(num_right_Q)
+    return float(recall_at(k, np.stack([0 * right, num_candidates - right, right], axis=1)).mean())
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:

@@ -49,6 +49,8 @@ class Prediction:
 
     prompt: the words put to the model; raw: its words, untouched
     box: what they say, xyxy in pixels of the original image, or None; reason: why there is no box, or None
+    place: where candidates were ranked, how many wrong ones score higher than the best right one, how many wrong ones
+        score the same, and how many right ones do; None elsewhere
     """
 
     id: str
@@ -57,6 +59,7 @@ class Prediction:
     raw: str
     box: tuple[float, float, float, float] | None = None
     reason: str | None = None
+    place: tuple[int, int, int] | None = None
 
 
 @dataclass
@@ -200,7 +203,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     predictions = []
     for row, where in _rows(path):
         try:
-            row["box"] = None if row["box"] is None else tuple(row["box"])
+            row |= {key: None if row.get(key) is None else tuple(row[key]) for key in ("box", "place")}
             predictions.append(Prediction(**row))
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: not a prediction ({error}); remove that line") from None

@@ -1,68 +1,61 @@
-"""Region features of any CLIP or CLOC, and class names as a classifier: what box classification is made of.
+"""Region features of any CLIP or CLOC: what box classification and region retrieval are made of.
 
-Three ways from a box to a feature in the joint space: CLOC's Prompter; RoIAlign over CLIP's projected patch tokens; a
-crop of the picture through the whole tower.
+Four ways from a region to a feature in the joint space: CLOC's Prompter; RoIAlign over the projected patch tokens; a
+crop of the picture through the whole tower; the mean of the projected patch tokens under the object's mask.
 
-B images, N tokens (CLS first), R regions, E joint space, G patches per side, S side of the input, K classes.
+B images, N tokens, R regions, E joint space, G patches per side, S side of the input.
 """
 
+import argparse
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
 from encoder.errors import DataError
-from encoder.model import ClocModel
 from encoder.processor import ClocProcessor
+from eval.region_masks import box_weights, patch_weights, pool_under
 
-FEATURES = ("prompter", "roialign", "crop")
-
-# OpenAI's 80 ImageNet templates (github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb), by pattern.
-_ART = "sculpture, rendering, tattoo, drawing, painting, sketch, doodle, rendition".split(", ")
-_BARE_ART = ("graffiti of", "art of", "itap of")
-_PHOTO = "bad, low resolution, cropped, bright, dark, close-up, black and white, pixelated, jpeg corrupted, blurry, good"
-_ADJECTIVE = "hard to see, clean, dirty, cool, large, nice, weird, small".split(", ")
-_MATERIAL = "embroidered, plastic, origami, toy, cartoon, plushie".split(", ")
-OPENAI80 = (
-    *(f"a {art} of {article} {{}}." for art in _ART for article in ("a", "the")),
-    *(f"{art} {article} {{}}." for art in _BARE_ART for article in ("a", "the")),
-    *(f"a {photo} photo of {article} {{}}." for photo in _PHOTO.split(", ") for article in ("a", "the")),
-    *(f"a photo of {article} {adjective} {{}}." for adjective in _ADJECTIVE for article in ("a", "the")),
-    *(f"{article} {material} {{}}." for material in _MATERIAL for article in ("a", "the")),
-    *("a photo of a {}.", "a photo of the {}.", "a {} in a video game.", "the {} in a video game."),
-    *("a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}."),
-)
+FEATURES = ("prompter", "roialign", "crop", "maskpool")
+Box = tuple[float, float, float, float]
 
 
-def templates_named(text: str) -> tuple[str, ...]:
-    """`name` (the class name alone, as CLOC does), `openai80`, or one template of your own that holds `{}`."""
-    named = {"name": ("{}",), "openai80": OPENAI80}
-    if text in named:
-        return named[text]
-    if text.count("{}") != 1:
-        raise DataError(f"--templates is '{text}'; give 'name', 'openai80' or a sentence with one {{}} for the name")
-    return (text,)
+def add_feature_flags(parser: argparse.ArgumentParser, features: tuple[str, ...] = FEATURES) -> None:
+    """The flags that say how a box is read."""
+    parser.add_argument(
+        "--feature", choices=features, default="prompter", help="how a box becomes a feature (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layer", type=int, choices=(-1, -2), default=-1, help="roialign and maskpool read the last block or the one before"
+    )
+    parser.add_argument(
+        "--crop-scale", type=float, default=1.0, help="crop this many times the box (1.5 adds context); default 1.0"
+    )
+    parser.add_argument("--geometry", choices=("pad", "squash"), help="instead of the model's own, for a stock CLIP")
 
 
-@torch.inference_mode()
-def name_classifier(model: CLIPModel, processor: ClocProcessor, names: list[str], templates: tuple[str, ...]) -> Tensor:
-    """Text embeddings (K, E) of the names: L2-normalised mean over templates of the L2-normalised embeddings."""
-    rows = []
-    for template in templates:
-        texts = processor.texts([template.replace("{}", name) for name in names]).to(model.device)
-        pooled = model.text_model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).pooler_output
-        rows.append(F.normalize(model.text_projection(pooled), dim=-1))
-    return F.normalize(torch.stack(rows).mean(0), dim=-1)
+def feature_variant(args: argparse.Namespace) -> str:
+    """A name of this way of reading a box: `prompter`, `roialign-2`, `maskpool-1`, `crop1.5`."""
+    crop = "" if args.crop_scale == 1 else f"{args.crop_scale:g}"
+    return args.feature + {"prompter": "", "crop": crop}.get(args.feature, str(args.layer))
 
 
-def dense_features(model: CLIPModel, pixel_values: Tensor, layer: int) -> Tensor:
+def dense_features(model: PreTrainedModel, pixel_values: Tensor, layer: int) -> Tensor:
     """Patch features in the joint space, (B, 3, S, S) -> (B, E, G, G).
 
-    layer: -1 reads the last block, -2 the one before; the tower's final LayerNorm and projection follow either way
+    layer: -1 reads the last block, -2 the one before; the tower's final LayerNorm and projection follow either way.
+    A SigLIP has a pooling head for a projection: each patch goes through it alone.
     """
-    hidden = model.vision_model(pixel_values=pixel_values, output_hidden_states=True).hidden_states[layer]
-    patches_BNE = model.visual_projection(model.vision_model.post_layernorm(hidden[:, 1:]))
+    tower = model.vision_model
+    hidden = tower(pixel_values=pixel_values, output_hidden_states=True).hidden_states[layer]
+    if hasattr(tower, "head"):
+        tokens = tower.post_layernorm(hidden)
+        patches_BNE = tower.head(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+    else:
+        patches_BNE = model.visual_projection(tower.post_layernorm(hidden[:, 1:]))
     side = round(patches_BNE.shape[1] ** 0.5)
     return patches_BNE.transpose(1, 2).unflatten(2, (side, side))
 
@@ -83,7 +76,7 @@ def roi_align(maps_BEGG: Tensor, boxes_R4: Tensor, image_index_R: Tensor, num_sa
     return samples.mean(dim=(2, 3))
 
 
-def crop_boxes(image: Image.Image, boxes_px: list[tuple[float, float, float, float]], scale: float) -> list[Image.Image]:
+def crop_boxes(image: Image.Image, boxes_px: list[Box], scale: float) -> list[Image.Image]:
     """The picture inside each box, xyxy pixels, rounded outwards and cut at the border.
 
     scale: 1.0 crops the box itself, 1.5 a box half as large again around the same centre (context, as CLIPSelf does)
@@ -100,11 +93,11 @@ def crop_boxes(image: Image.Image, boxes_px: list[tuple[float, float, float, flo
 class RegionFeatures:
     """Embeds the boxes of several pictures, one way of `FEATURES`.
 
-    layer: for RoIAlign, -1 or -2; crop_scale: for crops. Raises DataError where the model cannot do what is asked.
+    layer: for RoIAlign and masks, -1 or -2; crop_scale: for crops. Raises DataError where the model cannot do what is asked.
     """
 
-    def __init__(self, model: CLIPModel, processor: ClocProcessor, feature: str, layer: int = -1, crop_scale: float = 1.0):
-        if feature == "prompter" and not isinstance(model, ClocModel):
+    def __init__(self, model: PreTrainedModel, processor: ClocProcessor, feature: str, layer: int = -1, crop_scale: float = 1.0):
+        if feature == "prompter" and not hasattr(model, "embed_boxes"):
             raise DataError("--feature prompter needs a CLOC folder, this is a plain CLIP; use roialign or crop for it")
         if processor.image_processor.geometry == "center_crop" and feature != "crop":
             raise DataError("this model's images are centre-cropped, which cuts boxes off; pass --geometry pad or squash")
@@ -112,18 +105,20 @@ class RegionFeatures:
         self.layer, self.crop_scale = layer, crop_scale
 
     @torch.inference_mode()
-    def embed(self, images: list[Image.Image], boxes_px: list[list[tuple[float, float, float, float]]]) -> Tensor:
-        """L2-normalised embeddings (R, E) of all boxes, image by image; boxes xyxy in pixels of their image."""
-        return F.normalize(self._features(images, boxes_px).float(), dim=-1)
+    def embed(self, images: list[Image.Image], boxes_px: list[list[Box]], masks: list[np.ndarray | None] = ()) -> Tensor:
+        """L2-normalised embeddings (R, E) of all boxes, image by image; boxes xyxy in pixels of their image.
 
-    def _features(self, images: list[Image.Image], boxes_px: list) -> Tensor:
+        masks: for maskpool, (H, W) bool per box, all in one list; None where the box stands in for it
+        """
+        return F.normalize(self._features(images, boxes_px, masks).float(), dim=-1)
+
+    def _features(self, images: list[Image.Image], boxes_px: list[list[Box]], masks: list[np.ndarray | None]) -> Tensor:
         model, device = self.model, self.model.device
         if self.feature == "crop":
             pairs = zip(images, boxes_px, strict=True)
             crops = [crop for image, boxes in pairs for crop in crop_boxes(image, boxes, self.crop_scale)]
             pixels = self.processor.images(crops)[0]["pixel_values"].to(device)
-            pooled = [model.vision_model(pixel_values=part).pooler_output for part in pixels.split(64)]
-            return model.visual_projection(torch.cat(pooled))
+            return torch.cat([model.get_image_features(pixel_values=part).pooler_output for part in pixels.split(64)])
         inputs, geometries = self.processor.images(images)
         pixels = inputs["pixel_values"].to(device)
         pairs = zip(geometries, boxes_px, strict=True)
@@ -133,5 +128,12 @@ class RegionFeatures:
         if self.feature == "prompter":
             return model.embed_boxes(model.encode_image(pixels).tokens, boxes_R4, image_index_R)
         maps = dense_features(model, pixels, self.layer)
+        if self.feature == "maskpool":
+            of_boxes = [(geometries[index], box) for index, boxes in enumerate(boxes_px) for box in boxes]
+            weights = [
+                box_weights(box, geometry, maps.shape[-1]) if mask is None else patch_weights(mask, geometry, maps.shape[-1])
+                for (geometry, box), mask in zip(of_boxes, masks, strict=True)
+            ]
+            return pool_under(maps, torch.stack(weights).to(device), image_index_R)
         # One point per patch side and more: no patch inside a large box is stepped over.
         return roi_align(maps, boxes_R4, image_index_R, num_samples=max(4, maps.shape[-1]))

@@ -14,6 +14,7 @@ from eval.report_plots import METRIC_NAMES, RUN_COLOURS, TRUTH_COLOUR
 from eval.scoring import HEADLINES
 
 SMALLEST_GROUP = 20
+JUDGED = {metrics[0] for metrics in HEADLINES.values()}
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1rem; max-width: 62rem }
 h1 { font-size: 1.6rem; margin: .2rem 0 } h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem; border-bottom: 1px solid #ddd }
@@ -58,7 +59,7 @@ def page(
         *(_result(runs, rows, pair) for pair in pairs),
         '<p class="quiet">Accuracies in percent. A difference is in percentage points, paired by question; the brackets are its '
         "95% interval (bootstrap over pictures). Green and red: the interval leaves zero out. n: questions. "
-        "Chance: every question answered with another one's box, or with a name at random.</p>",
+        "Chance: every question answered with another one's box, with a name at random, or in a random order.</p>",
         '<div class="plots">',
         *_accuracies(rows, names),
         "</div>",
@@ -78,7 +79,7 @@ def page(
 
 def verdict(rows: list[Row], pair: Pair) -> str:
     """The pair in one sentence: on how many benchmarks and splits the first is ahead, behind, or neither."""
-    differences = [row.differences[pair] for row in rows if pair in row.differences and row.metric in ("acc_50", "micro")]
+    differences = [row.differences[pair] for row in rows if pair in row.differences and row.metric in JUDGED]
     ahead, behind = sum(d.low > 0 for d in differences), sum(d.high < 0 for d in differences)
     return (
         f"{pair.first} against {pair.second}, by accuracy: ahead on {ahead} of {len(differences)} benchmark splits, "
@@ -223,13 +224,13 @@ def _card(example: Example, pair: Pair, colours: tuple[str, str], folder: Path) 
     target = example.evaluation.targets[example.index]
     grounding = example.evaluation.protocol["task"] == "grounding"
     jpeg = base64.b64encode(draw_example(example, folder, colours)).decode()
-    lines = [] if grounding else [f"{_swatch(TRUTH_COLOUR)}{escape(target.category)}"]
+    lines = [] if grounding or not target.category else [f"{_swatch(TRUTH_COLOUR)}{escape(target.category)}"]
     for name, colour, answer, score in zip((pair.first, pair.second), colours, example.answers, example.scores, strict=True):
         words = answer.raw.strip() or "(nothing)"
         if grounding:
             words = f"IoU {int(100 * score) / 100:.2f}" if answer.box else f"unparsed, {answer.reason}"
         lines.append(f"{_swatch(colour)}{escape(name)}: {escape(words[:80])}")
-    question = target.text if grounding else "What is in the dashed box?"
+    question = target.text or "What is in the dashed box?"
     return (
         f'<div class="card"><img alt="{escape(target.text or target.category)}" src="data:image/jpeg;base64,{jpeg}">'
         f'<p class="question">{escape(question)}</p>{"".join(f"<p>{line}</p>" for line in lines)}</div>'

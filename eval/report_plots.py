@@ -8,7 +8,13 @@ from encoder.errors import DataError
 from eval.comparison import Entry, Pair, Row
 from eval.metrics import wilson_interval
 
-METRIC_NAMES = {"acc_50": "acc@0.5", "micro": "accuracy", "macro": "mean per class"}
+METRIC_NAMES = {
+    "acc_50": "acc@0.5",
+    "micro": "accuracy",
+    "macro": "mean per class",
+    **{f"recall_{k}": f"R@{k}" for k in (1, 5, 10)},
+    **{f"top_{k}": f"top-{k}" for k in (1, 5)},
+}
 # Okabe and Ito's palette, told apart by colour-blind readers; green is kept for the truth.
 TRUTH_COLOUR = "#009E73"
 RUN_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#555555")

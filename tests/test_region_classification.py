@@ -7,15 +7,35 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import SiglipConfig, SiglipModel
 
 from encoder.errors import DataError
 from encoder.export import export_clip
 from encoder.pretrained import load_encoder, load_processor
 from eval import region_classification
+from eval.embedding import name_classifier
 from eval.predictions import load_evaluation
-from eval.region_features import OPENAI80, RegionFeatures, crop_boxes, name_classifier, roi_align, templates_named
+from eval.prompt_templates import OPENAI80, templates_named
+from eval.region_features import RegionFeatures, crop_boxes, dense_features, roi_align
 
 NAMES = ["apple", "bus", "red heart"]
+# As OpenAI lists them, each with " {}." behind it.
+OPENAI_LIST = """
+a bad photo of a, a photo of many, a sculpture of a, a photo of the hard to see, a low resolution photo of the,
+a rendering of a, graffiti of a, a bad photo of the, a cropped photo of the, a tattoo of a, the embroidered,
+a photo of a hard to see, a bright photo of a, a photo of a clean, a photo of a dirty, a dark photo of the,
+a drawing of a, a photo of my, the plastic, a photo of the cool, a close-up photo of a, a black and white photo of the,
+a painting of the, a painting of a, a pixelated photo of the, a sculpture of the, a bright photo of the,
+a cropped photo of a, a plastic, a photo of the dirty, a jpeg corrupted photo of a, a blurry photo of the,
+a photo of the, a good photo of the, a rendering of the, a photo of one, a doodle of a, a close-up photo of the,
+a photo of a, the origami, a sketch of a, a doodle of the, a origami, a low resolution photo of a, the toy,
+a rendition of the, a photo of the clean, a photo of a large, a rendition of a, a photo of a nice, a photo of a weird,
+a blurry photo of a, a cartoon, art of a, a sketch of the, a embroidered, a pixelated photo of a, itap of the,
+a jpeg corrupted photo of the, a good photo of a, a plushie, a photo of the nice, a photo of the small,
+a photo of the weird, the cartoon, art of the, a drawing of the, a photo of the large, a black and white photo of a,
+the plushie, a dark photo of a, itap of a, graffiti of the, a toy, itap of my, a photo of a cool, a photo of a small,
+a tattoo of the
+"""
 
 
 def test_roi_align_of_a_coordinate_ramp_is_the_box_centre():
@@ -71,9 +91,9 @@ def test_crops_round_outwards_and_stay_inside():
 
 
 def test_templates_are_the_80_of_openai_and_a_sentence_needs_one_gap():
-    assert len(set(OPENAI80)) == 80 and all(template.count("{}") == 1 for template in OPENAI80)
-    for known in ("a bad photo of a {}.", "itap of my {}.", "the {} in a video game.", "a photo of a hard to see {}."):
-        assert known in OPENAI80
+    listed = [f"{words.strip()} {{}}." for words in OPENAI_LIST.replace("\n", " ").split(",")]
+    assert len(OPENAI80) == 80
+    assert set(OPENAI80) == {*listed, "a {} in a video game.", "the {} in a video game."}
     assert templates_named("a photo of a {}") == ("a photo of a {}",)
     with pytest.raises(DataError, match="one {} for the name"):
         templates_named("openai")
@@ -183,6 +203,7 @@ def test_variants_share_a_run_folder_and_resume_by_id(models, boxes, monkeypatch
     [
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 0, 20]), r"annotation 11 has bbox \[1, 2, 0, 20\]"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 12, 200]), "needs a positive size and a place inside"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 12, 200]), "or leave out all 1 such with --max-unusable 1"),
         (lambda c: c["annotations"][1].pop("category_id"), "KeyError.'category_id'"),
         (lambda c: c["annotations"][1].update(image_id=9), "annotation 12 names an image_id or category_id"),
         (lambda c: c["images"][0].update(file_name="gone.png"), "1 of 2 images are not in .*gone.png"),
@@ -198,6 +219,35 @@ def test_bad_annotations_get_one_sentence(models, boxes, monkeypatch, change, me
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
         run(monkeypatch, "--model", models["cloc"], *common(boxes))
+
+
+def test_unusable_boxes_are_left_out_on_request_and_counted(models, boxes):
+    content = json.loads((boxes / "seen.json").read_text())
+    content["annotations"][0]["bbox"] = [1, 2, 0, 20]
+    (boxes / "seen.json").write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "--model", models["cloc"], "--max-unusable", 1, *common(boxes))
+    evaluation = load_evaluation(boxes / "run/region_classification/seen/prompter")
+    assert [target.id for target in evaluation.targets] == ["12", "13", "14"]
+    assert evaluation.protocol["unusable_left_out"] == 1 and evaluation.protocol["crowds_left_out"] == 1
+
+
+def test_dense_features_of_a_siglip_are_its_head_on_each_patch_alone():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    config = SiglipConfig(text_config={**sizes, "vocab_size": 9}, vision_config=vision)
+    torch.manual_seed(0)
+    model = SiglipModel(config).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    tower, head = model.vision_model, model.vision_model.head
+    with torch.no_grad():
+        maps = dense_features(model, pixels, -1)
+        tokens = tower(pixel_values=pixels).last_hidden_state  # after the final LayerNorm
+        # With one key the softmax is 1, and attention hands its value on.
+        weight, bias = head.attention.in_proj_weight[32:], head.attention.in_proj_bias[32:]
+        value = head.attention.out_proj(tokens @ weight.T + bias)
+        expected = value + head.mlp(head.layernorm(value))
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), expected, rtol=0, atol=1e-5)
 
 
 def test_prompter_is_refused_for_a_plain_clip(models, boxes, monkeypatch):

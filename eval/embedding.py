@@ -1,0 +1,87 @@
+"""Any CLIP or CLOC folder as what evaluations need of it: unit embeddings of pictures and of texts.
+
+B images, T texts, E joint space, K classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from encoder.pretrained import load_encoder, load_processor, weights_hash
+from encoder.processor import ClocProcessor
+from eval.answering import best_device
+
+TEXTS_AT_ONCE = 256
+Item, Read = TypeVar("Item"), TypeVar("Read")
+
+
+class Embedder:
+    """An encoder and its processor on one device, in float32.
+
+    geometry: instead of the processor's own, `pad`, `squash` or `center_crop`; see `encoder.geometry`
+    """
+
+    def __init__(self, folder: Path, device: str | None = None, geometry: str | None = None):
+        self.model, self.processor = load_encoder(folder), load_processor(folder)
+        self.model.to(device or best_device())
+        if geometry:
+            self.processor.image_processor.geometry = geometry
+
+    def record(self) -> dict[str, Any]:
+        """What tells this model from another, for run.json."""
+        return {
+            "kind": self.model.config.model_type,
+            "weights_sha256": weights_hash(self.model),
+            "geometry": self.processor.image_processor.geometry,
+            "image_size": self.processor.image_processor.size,
+        }
+
+    @torch.inference_mode()
+    def embed_images(self, images: list[Image.Image]) -> Tensor:
+        """Whole pictures -> (B, E), L2-normalised."""
+        pixels = self.processor.images(images)[0]["pixel_values"].to(self.model.device)
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Texts -> (T, E), L2-normalised."""
+        return embed_texts(self.model, self.processor, texts, progress=True)
+
+
+@torch.inference_mode()
+def embed_texts(model: PreTrainedModel, processor: ClocProcessor, texts: list[str], progress: bool = False) -> Tensor:
+    """Texts -> (T, E), L2-normalised; with a bar where there are many."""
+    parts = []
+    starts = range(0, len(texts), TEXTS_AT_ONCE)
+    for start in tqdm(starts, desc="texts", unit="batch", disable=not progress or len(starts) < 4):
+        inputs = processor.texts(texts[start : start + TEXTS_AT_ONCE]).to(model.device)
+        parts.append(F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1))
+    return torch.cat(parts)
+
+
+def name_classifier(model: PreTrainedModel, processor: ClocProcessor, names: list[str], templates: tuple[str, ...]) -> Tensor:
+    """Text embeddings (K, E) of the names: L2-normalised mean over templates of the L2-normalised embeddings."""
+    total = 0
+    for template in tqdm(templates, desc="class names", unit="template", disable=len(templates) < 4):
+        total = total + embed_texts(model, processor, [template.replace("{}", name) for name in names])
+    return F.normalize(total, dim=-1)
+
+
+def read_ahead(batches: Iterable[list[Item]], read: Callable[[Item], Read], threads: int = 4) -> Iterator[tuple[list, list]]:
+    """Yields (batch, what `read` gives for each of its items), reading the next batch while the caller is at work."""
+    waiting = None
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            futures = [pool.submit(read, item) for item in batch]
+            if waiting is not None:
+                yield waiting[0], [future.result() for future in waiting[1]]
+            waiting = batch, futures
+        if waiting is not None:
+            yield waiting[0], [future.result() for future in waiting[1]]
