@@ -67,11 +67,12 @@ class RegionEncoder:
         self.prompter = Prompter(config, texts=config.prompter_shared)
         self.text_prompter = None if config.prompter_shared else Prompter(config, boxes=False)
         own = config.region_temperature == "own"
-        if getattr(config, "logit_bias_init_value", None) is not None:
-            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init_value)))
+        if not hasattr(self, "logit_bias"):  # a stock SigLIP has one
+            bias = config.logit_bias_init_value
+            self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         # The region loss has its own bias wherever there is one: how many negatives a pair has differs between the two.
         for name, needed in (("logit_scale", own), ("logit_bias", True)):
-            shared = getattr(self, name, None)
+            shared = getattr(self, name)
             copy = nn.Parameter(shared.detach().clone()) if needed and shared is not None else None
             self.register_parameter(f"region_{name}", copy)
         self.box_head = BoxHead(config)
@@ -166,7 +167,7 @@ class RegionEncoder:
         """
         logits = {}
         for name in ("logit_scale", "logit_bias"):
-            shared = getattr(self, name, None)
+            shared = getattr(self, name)
             if shared is not None:
                 own = getattr(self, f"region_{name}")
                 logits |= {name: shared.reshape(()), f"region_{name}": (shared if own is None else own).reshape(())}
