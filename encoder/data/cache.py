@@ -7,10 +7,9 @@ opened longest ago goes first. A file that is removed while another process read
 import fcntl
 import hashlib
 import io
+import multiprocessing
 import os
-import queue
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,18 +115,29 @@ class ShardCache:
 
 
 class ReadAhead:
-    """Fetches the shards it is told of in a thread of its own, so that they lie on this machine when they are needed."""
+    """Fetches the remote shards it is told of in a process of its own, so that they lie here when they are needed."""
 
     def __init__(self, cache: ShardCache):
-        self._cache, self._queue, self._known = cache, queue.SimpleQueue(), set()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._cache, self._known = cache, set()
+        # Forked, as the loader's workers are. A thread would take turns with the training loop.
+        self._context = multiprocessing.get_context("fork")
+        self._queue, self._process = self._context.SimpleQueue(), None
 
     def want(self, shards: list[Shard]) -> None:
-        """The shards that will be read next, soonest first; the ones already told of are not fetched again."""
+        """The shards that will be read next, soonest first; those of the last call are not fetched again."""
         for shard in shards:
             if shard not in self._known and is_url(shard):
                 self._queue.put(shard)
         self._known = set(shards)
+        if self._process is None and not self._queue.empty():
+            self._process = self._context.Process(target=self._run, daemon=True)
+            self._process.start()
+
+    def close(self) -> None:
+        """Stops fetching."""
+        if self._process:
+            self._process.terminate()
+            self._process.join()
 
     def _run(self) -> None:
         while True:

@@ -44,9 +44,7 @@ class RegionRecord:
     alt_text: str = ""
 
 
-def parse_sample(
-    label: bytes | None, text: bytes | None, image: str, size: tuple[int, int], where: str
-) -> RegionRecord:
+def parse_sample(label: bytes | None, text: bytes | None, image: str, size: tuple[int, int], where: str) -> RegionRecord:
     """What lies beside an image in a shard -> RegionRecord; without a region record one that has no regions.
 
     label, text: the `.json` and the `.txt`, None where there is none
