@@ -155,4 +155,5 @@ def batch_loader(batches: RegionBatches, first_step: int, last_step: int, worker
             ahead.want(batches.shards_ahead(step))
             yield batch
     finally:
+        del loader  # ends its workers now; an error's traceback would keep it, and its end would take many seconds
         ahead.close()
