@@ -62,7 +62,8 @@ def write_shards(folder: Path, images: int, side: int, per_shard: int = 512) -> 
                     x, y = random.uniform(0, width - 60), random.uniform(0, height - 60)
                     regions.append({"box": [x, y, x + 50, y + 50], "phrases": [" ".join(random.choice(WORDS, 2))]})
                 caption = " ".join(random.choice(WORDS, 36))
-                record = {"image": f"{index:06d}.jpg", "width": width, "height": height, "captions": [caption], "regions": regions}
+                record = {"image": f"{index:06d}.jpg", "width": width, "height": height}
+                record |= {"captions": [caption], "regions": regions}
                 members = {"jpg": pictures[index % 24], "txt": caption[:80].encode(), "json": json.dumps(record).encode()}
                 for suffix, data in members.items():
                     member = tarfile.TarInfo(f"{index:06d}.{suffix}")
@@ -111,7 +112,8 @@ def flops_per_image(max_boxes: int = 4, caption_tokens: int = 77, phrase_tokens:
     config = b16()
     total = 0.0
     tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-    for tower, sequences in ((config.vision_config, [tokens]), (config.text_config, [caption_tokens] + max_boxes * [phrase_tokens])):
+    texts = [caption_tokens, *max_boxes * [phrase_tokens]]
+    for tower, sequences in ((config.vision_config, [tokens]), (config.text_config, texts)):
         width, weights = tower.hidden_size, 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
         total += sum(tower.num_hidden_layers * 6 * length * (weights + 2 * length * width) for length in sequences)
     width = config.vision_config.hidden_size
@@ -143,7 +145,7 @@ def main() -> None:
         shards = [str(shard) for shard in dataset.shards]
         loops = {"plain": lambda: plain_loop(shards), "ours": lambda: our_loop(batches)}
         speeds: dict[str, list[float]] = {name: [] for name in loops}
-        for name, loop in loops.items():
+        for loop in loops.values():
             speed(loop, 2 * BATCH)  # imports, page cache
         for _ in tqdm(range(arguments.rounds), "rounds"):
             for name, loop in loops.items():
@@ -154,7 +156,8 @@ def main() -> None:
     needed = arguments.tflops * 1e12 * arguments.utilisation / flops_per_image()
     print(f"images of {size[0]}x{size[1]} px, to {SIZE} px, batches of {BATCH}, {len(dataset)} records in {len(shards)} shards")
     print(f"plain webdataset + PIL: {plain:.0f} images/s per core")
-    print(f"ours:                   {ours:.0f} images/s per core, {np.median(ratios):.2f}x (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    spread = f"(rounds {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    print(f"ours:                   {ours:.0f} images/s per core, {np.median(ratios):.2f}x {spread}")
     print(
         f"budget: {flops_per_image() / 1e9:.0f} GFLOP an image at B/16, {arguments.tflops:.0f} TFLOP/s at "
         f"{arguments.utilisation:.0%} -> {needed:.0f} images/s; {arguments.cores} cores give {ours * arguments.cores:.0f} "

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from encoder.data.cache import ShardCache
-from encoder.data.sources import Shard, file_system, find_shards, is_url
+from encoder.data.shards import Shard, file_system, find_shards, is_url
 from encoder.errors import run_main
 
 SAVE_EVERY = 1000  # shards

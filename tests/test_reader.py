@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from encoder.data.reader import RegionDataset
-from encoder.data.sources import find_shards
+from encoder.data.shards import find_shards
 from encoder.errors import DataError
 
 

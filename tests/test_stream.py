@@ -18,7 +18,7 @@ from encoder.data.batches import RegionBatches, batch_loader
 from encoder.data.cache import ReadAhead, ShardCache
 from encoder.data.order import RecordOrder
 from encoder.data.reader import BrokenRecords, RegionDataset
-from encoder.data.sources import expand_braces, find_shards, find_sources
+from encoder.data.shards import expand_braces, find_shards, find_sources
 from encoder.errors import DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "index_shards.py"

@@ -16,7 +16,7 @@ from encoder.data.cache import ReadAhead
 from encoder.data.order import RecordOrder
 from encoder.data.reader import RegionDataset
 from encoder.data.records import RegionRecord
-from encoder.data.sources import Shard, is_url
+from encoder.data.shards import Shard, is_url
 from encoder.errors import DataError
 from encoder.processor import ClocProcessor
 
@@ -106,9 +106,10 @@ class RegionBatches(Dataset):
             captions.append(self.text_of(record, generator))
             geometry = self.processor.image_processor.geometry_of(image)
             chosen = torch.randperm(len(record.regions), generator=generator)[: self.max_boxes].tolist()
+            boxes_px = torch.tensor([record.regions[i].box for i in chosen], dtype=torch.float32).reshape(-1, 4)
+            boxes.append(geometry.boxes_to_model(boxes_px))
+            image_index += [place] * len(chosen)
             for region in (record.regions[i] for i in chosen):
-                boxes.append(geometry.boxes_to_model(torch.tensor(region.box, dtype=torch.float32)))
-                image_index.append(place)
                 phrases.append(region.phrases[int(torch.randint(len(region.phrases), (1,), generator=generator))])
 
         batch = {**self.processor.image_processor(images), **self.processor.texts(captions)}
@@ -118,7 +119,7 @@ class RegionBatches(Dataset):
             number = {text: i for i, text in enumerate(distinct)}
             texts = self.processor.texts(distinct)
             batch |= {
-                "boxes": torch.stack(boxes) if boxes else torch.zeros(0, 4),
+                "boxes": torch.cat(boxes),
                 "image_index": torch.tensor(image_index, dtype=torch.long),
                 "region_input_ids": texts["input_ids"],
                 "region_attention_mask": texts["attention_mask"],

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from encoder.data.sources import Shard, file_system, is_url
+from encoder.data.shards import Shard, file_system, is_url
 from encoder.data.tars import ShardTable, read_table
 from encoder.errors import DataError
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from encoder.data.cache import ShardCache
 from encoder.data.records import RegionRecord, parse_sample
-from encoder.data.sources import Shard, Shards, find_sources
+from encoder.data.shards import Shard, Shards, find_sources
 from encoder.data.tars import Member, ShardTable, key_of, read_table
 from encoder.errors import DataError
 
@@ -135,7 +135,8 @@ class RegionDataset:
         try:
             image = Image.open(io.BytesIO(data))
             record = parse_sample(label, text, name, image.size, where)
-            return image.convert("RGB"), record
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB"), record
         except DataError:
             raise
         except IMAGE_ERRORS as error:

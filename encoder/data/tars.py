@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from encoder.data.sources import Shard
+from encoder.data.shards import Shard
 from encoder.errors import DataError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
