@@ -64,7 +64,7 @@ def start_process_group() -> None:
 
 def open_dataset(config: PretrainConfig) -> RegionDataset:
     """The records that `config.shards` names."""
-    log = Path(config.output) / "broken" / f"rank_{int(os.environ.get('RANK', 0)):05d}.txt"
+    log = Path(config.output) / "broken" / f"rank_{rank():05d}.txt"
     cache = ShardCache(config.shard_cache, config.shard_cache_gb)
     return RegionDataset(config.shards, cache=cache, broken=BrokenRecords(config.max_broken, log))
 
@@ -145,9 +145,8 @@ def main() -> None:
     config, loss_config = parse_arguments()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    dataset = open_dataset(config)
     start_process_group()
-    train(dataset, config, loss_config)
+    train(open_dataset(config), config, loss_config)
     torch.distributed.destroy_process_group()
 
 

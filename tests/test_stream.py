@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -308,6 +309,7 @@ def test_the_cache_is_bounded_and_never_fetches_twice(memory, tmp_path):
     for number in range(5):
         shard = f"{memory}/{number:05d}.tar"
         assert len(cache.table(shard).rows) == (3, 12, 7, 10, 8)[number]
+        assert {path.stem for path in cache.folder.glob("*.npz")} == {path.stem for path in cache.folder.glob("*.tar")}
         held = [path.stat().st_size for path in cache.folder.glob("*.tar")]
         assert held and (sum(held) <= 60e3 or len(held) == 1)
     system = fsspec.filesystem("memory")
@@ -329,7 +331,7 @@ def test_reading_ahead_fetches_what_comes_next(memory, tiny_processor, tmp_path)
     for _ in range(500):
         if len(list(cache.folder.glob("*.npz"))) == len(wanted):
             break
-        ahead._process.join(0.02)
+        time.sleep(0.02)
     ahead.close()
     assert len(list(cache.folder.glob("*.tar"))) == len(wanted)
     assert len(list(batch_loader(batches, 0, 3))) == 3

@@ -144,7 +144,7 @@ class _Guarded(Dataset):
 def batch_loader(batches: RegionBatches, first_step: int, last_step: int, workers: int = 0) -> Iterator[dict[str, torch.Tensor]]:
     """Loads the batches of steps `first_step` to `last_step` - 1 in order; `workers` processes read ahead.
 
-    Remote shards of the next window are fetched meanwhile, by one more process.
+    Remote shards of the next window are fetched meanwhile, by processes of their own.
     """
     steps = range(first_step, last_step)
     loader = iter(DataLoader(_Guarded(batches), batch_size=None, sampler=steps, num_workers=workers))

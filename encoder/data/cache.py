@@ -22,6 +22,7 @@ from encoder.data.shards import Shard, file_system, is_url
 from encoder.data.tars import ShardTable, read_table
 from encoder.errors import DataError
 
+STREAMS = 4  # shards that a rank reads ahead at the same time
 TRIES = 5  # to fetch a shard; the pauses between them double from one second: 15 s in all
 
 
@@ -51,48 +52,68 @@ class ShardCache:
                 if not path.exists():
                     self._fetch(shard, path)
                 file = open(path, "rb", buffering=0)
-        os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))  # the access time is what `_shrink` goes by
+        # The access time is what `_shrink` goes by.
+        os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
         return file
+
+    def prefetch(self, url: str) -> None:
+        """Fetches the shard, unless it is here or another process is at it."""
+        path = self._path(url)
+        try:
+            with self._lock(path, wait=False):
+                if not path.exists():
+                    self._fetch(url, path)
+        except BlockingIOError:
+            return
+        self.table(url)
 
     def table(self, shard: Shard) -> ShardTable:
         """Where the shard's samples lie. Read from its headers once, then from a small file in the folder."""
         with self.open(shard) as raw, io.BufferedReader(raw) as file:
-            state = os.fstat(file.fileno())
-            name = shard if is_url(shard) else Path(shard).resolve()
-            path = self.folder / f"{_digest(f'{name} {state.st_size} {state.st_mtime_ns}')}.npz"
-            if not path.exists():
+            if is_url(shard):
+                path = self._path(shard).with_suffix(".npz")
+            else:
+                state = os.fstat(file.fileno())
+                key = f"{Path(shard).resolve()} {state.st_size} {state.st_mtime_ns}"
+                path = self.folder / f"{_digest(key)}.npz"
+            table = _load(path)
+            if table is None:
                 with self._lock(path):
-                    if not path.exists():
+                    table = _load(path)
+                    if table is None:
                         table = read_table(file, shard)
-                        part = path.with_suffix(".part")
+                        part = path.with_suffix(".npz.part")
                         with open(part, "wb") as out:
-                            np.savez(out, **table._asdict())
+                            np.savez_compressed(out, **table._asdict())
                         part.replace(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            return ShardTable(**arrays)
+        return table
 
     def _path(self, url: str) -> Path:
         return self.folder / f"{_digest(url)}.tar"
 
     @contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
+    def _lock(self, path: Path, wait: bool = True) -> Iterator[None]:
+        """Held by one process at a time; BlockingIOError where another has it and `wait` is False."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     def _fetch(self, url: str, path: Path) -> None:
-        part = path.with_suffix(".part")
+        part = path.with_suffix(".tar.part")
+        system, inner = file_system(url)
         for number in range(TRIES):
             try:
-                system, inner = file_system(url)
                 system.get_file(inner, str(part))
+                if part.stat().st_size != (size := system.size(inner)) and size is not None:
+                    raise OSError(f"{part.stat().st_size} of {size} bytes came")
                 break
-            except OSError as error:
+            except Exception as error:  # each file system has its own
                 if number == TRIES - 1 or isinstance(error, FileNotFoundError | PermissionError):
                     raise DataError(f"{url} cannot be fetched ({error!r}, try {number + 1}); check it and your access") from error
                 print(f"{url} cannot be fetched ({error!r}); trying again in {2**number} s", file=sys.stderr, flush=True)
                 time.sleep(2**number)
+        path.with_suffix(".npz").unlink(missing_ok=True)
         part.replace(path)
         self._shrink(path)
 
@@ -110,18 +131,21 @@ class ShardCache:
             if total <= self.limit_gb * 1e9:
                 break
             if Path(path) != newest:
-                Path(path).unlink(missing_ok=True)
+                for file in (Path(path), Path(path).with_suffix(".npz")):
+                    file.unlink(missing_ok=True)
                 total -= size
 
 
 class ReadAhead:
-    """Fetches the remote shards it is told of in a process of its own, so that they lie here when they are needed."""
+    """Fetches the remote shards it is told of in processes of its own, so that they lie here when they are needed."""
 
     def __init__(self, cache: ShardCache):
         self._cache, self._known = cache, set()
         # Forked, as the loader's workers are. A thread would take turns with the training loop.
         self._context = multiprocessing.get_context("fork")
-        self._queue, self._process = self._context.SimpleQueue(), None
+        self._queue = self._context.SimpleQueue()
+        self._processes = [self._context.Process(target=self._run, daemon=True) for _ in range(STREAMS)]
+        self._started = False
 
     def want(self, shards: list[Shard]) -> None:
         """The shards that will be read next, soonest first; those of the last call are not fetched again."""
@@ -129,23 +153,33 @@ class ReadAhead:
             if shard not in self._known and is_url(shard):
                 self._queue.put(shard)
         self._known = set(shards)
-        if self._process is None and not self._queue.empty():
-            self._process = self._context.Process(target=self._run, daemon=True)
-            self._process.start()
+        if not self._started and not self._queue.empty():
+            self._started = True
+            for process in self._processes:
+                process.start()
 
     def close(self) -> None:
         """Stops fetching."""
-        if self._process:
-            self._process.terminate()
-            self._process.join()
+        for process in self._processes if self._started else ():
+            process.terminate()
+            process.join()
 
     def _run(self) -> None:
         while True:
             shard = self._queue.get()
             try:
-                self._cache.table(shard)
+                self._cache.prefetch(shard)
             except (DataError, OSError) as error:  # whoever reads the shard tries again, and stops if that fails too
                 print(f"reading ahead: {error}", file=sys.stderr, flush=True)
+
+
+def _load(path: Path) -> ShardTable | None:
+    """A saved table; None where there is none, or not any more."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return ShardTable(**arrays)
+    except FileNotFoundError:
+        return None
 
 
 def _digest(text: str) -> str:

@@ -27,9 +27,7 @@ class RecordOrder:
     window: records that are permuted together
     """
 
-    def __init__(
-        self, counts: Sequence[Sequence[int]], weights: Sequence[float], seed: int, lanes: int = 1, window: int = 131072
-    ):
+    def __init__(self, counts: Sequence[Sequence[int]], weights: Sequence[float], seed: int, lanes: int, window: int):
         for name, value in (("lanes", lanes), ("shuffle_window", window)):
             if value < 1:
                 raise DataError(f"{name} is {value}; it must be at least 1")
