@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import fsspec
+import fsspec.implementations.memory
 import numpy as np
 import pytest
 import torch
@@ -318,6 +319,24 @@ def test_the_cache_is_bounded_and_never_fetches_twice(memory, tmp_path):
     with pytest.raises(DataError, match="cannot be fetched"):
         RegionDataset(f"{memory}/00004.tar", cache=ShardCache(tmp_path / "other"))
     system.pipe("/laion/00004.tar", b"")
+
+
+def test_a_hiccup_is_tried_again_and_said(memory, cache, monkeypatch, capsys):
+    real, calls = fsspec.implementations.memory.MemoryFileSystem.get_file, []
+
+    def get_file(system, remote, local, **kwargs):
+        calls.append(remote)
+        if len(calls) == 1:
+            raise ConnectionError("reset by peer")
+        real(system, remote, local, **kwargs)
+        if len(calls) == 2:  # as if the connection had closed early
+            Path(local).write_bytes(Path(local).read_bytes()[:700])
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "get_file", get_file)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert len(cache.table(f"{memory}/00000.tar").rows) == 3 and len(calls) == 3
+    said = capsys.readouterr().err
+    assert "reset by peer" in said and "700 of " in said and said.count("trying again in") == 2
 
 
 def test_reading_ahead_fetches_what_comes_next(memory, tiny_processor, tmp_path):
