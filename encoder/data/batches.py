@@ -57,6 +57,7 @@ class RegionBatches(Dataset):
         self.batch_size, self.max_boxes, self.seed = batch_size, max_boxes, seed
         self.rank, self.world_size, self.with_regions = rank, world_size, with_regions
         self.recaption_ratio = recaption_ratio
+        self._remote = any(map(is_url, dataset.shards))
         self.order = RecordOrder(dataset.counts, dataset.weights, seed, lanes, window)
 
     def identity(self) -> dict[str, object]:
@@ -75,7 +76,7 @@ class RegionBatches(Dataset):
 
     def shards_ahead(self, step: int) -> list[Shard]:
         """The remote shards that this rank reads from `step` on, about two windows, soonest first."""
-        if not any(map(is_url, self.dataset.shards)):
+        if not self._remote:
             return []
         share, length = self.batch_size // self.world_size, self.batch_size // self.order.lanes
         lanes = range(self.rank * share // length, -(-(self.rank + 1) * share // length))

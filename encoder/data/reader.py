@@ -129,29 +129,20 @@ class RegionDataset:
         number, row = self._place(index)
         table = self._table(number)
         with self.cache.open(self.shards[number]) as file:
-            data, label, text = (_part(file, table.rows[row], part) for part in range(3))
-        name = str(table.names[row])
-        where = f"{self.shards[number]}, {key_of(name)}"
-        try:
-            image = Image.open(io.BytesIO(data))
-            record = parse_sample(label, text, name, image.size, where)
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB"), record
-        except DataError:
-            raise
-        except IMAGE_ERRORS as error:
-            raise _unreadable(where, name, error) from error
+            return _read_sample(file, self.shards[number], table, row)
 
     def sample(self, index: int) -> tuple[Image.Image, RegionRecord]:
         """`dataset[index]`; where that is broken it is counted, and the next good one of its shard takes its place."""
         number, row = self._place(index)
-        count = len(self._table(number).rows)
-        for other in range(row, row + count):
-            try:
-                return self[index - row + other % count]
-            except DataError as error:
-                self.broken.add(error)
-        raise DataError(f"{self.shards[number]}: none of its {count} records can be read; take it out of the shards")
+        table, shard = self._table(number), self.shards[number]
+        count = len(table.rows)
+        with self.cache.open(shard) as file:  # a shard that cannot be had is no broken record
+            for other in range(row, row + count):
+                try:
+                    return _read_sample(file, shard, table, other % count)
+                except DataError as error:
+                    self.broken.add(error)
+        raise DataError(f"{shard}: none of its {count} records can be read; take it out of the shards")
 
     def _place(self, index: int) -> tuple[int, int]:
         """A record's shard, and its row there."""
@@ -209,6 +200,22 @@ def _read_record(file: BinaryIO, shard: Shard, table: ShardTable, row: int) -> R
     except IMAGE_ERRORS as error:
         raise _unreadable(where, name, error) from error
     return parse_sample(_part(file, offsets, 1), _part(file, offsets, 2), name, size, where)
+
+
+def _read_sample(file: BinaryIO, shard: Shard, table: ShardTable, row: int) -> tuple[Image.Image, RegionRecord]:
+    """The decoded image, RGB, and its record."""
+    data, label, text = (_part(file, table.rows[row], part) for part in range(3))
+    name = str(table.names[row])
+    where = f"{shard}, {key_of(name)}"
+    try:
+        image = Image.open(io.BytesIO(data))
+        record = parse_sample(label, text, name, image.size, where)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB"), record  # `convert` alone would copy
+    except DataError:
+        raise
+    except IMAGE_ERRORS as error:
+        raise _unreadable(where, name, error) from error
 
 
 def _unreadable(where: str, name: str, error: Exception) -> DataError:
