@@ -1,4 +1,8 @@
-"""Save and resume a training run: the engine's weights, optimizer and schedule, and the step, which is the data position."""
+"""Save and resume a training run: the engine's weights, optimizer and schedule, and the step, which is the data position.
+
+The identity that is saved with it holds what the order of records follows from (`RegionBatches.identity`): on other data the
+same step would be another position.
+"""
 
 import json
 import shutil
@@ -11,7 +15,9 @@ from encoder.distributed import rank, world_size
 from encoder.errors import DataError
 
 # What may differ between a run and its continuation without changing the result.
-FREE_FIELDS = {"shards", "output", "workers", "log_every", "save_every"}
+FREE_FIELDS = {
+    "shards", "output", "workers", "log_every", "save_every", "max_broken", "shard_cache", "shard_cache_gb",
+}  # fmt: skip
 KEEP = 2
 
 
@@ -53,7 +59,8 @@ def load_training_state(engine: deepspeed.DeepSpeedEngine, output: Path, identit
     if state["world_size"] != world_size():
         raise DataError(
             f"{path}: the checkpoint was made by {state['world_size']} processes, this run has {world_size()}; "
-            "start as many, or choose another output folder"
+            "start as many, or choose another output folder (the order of the data is the same on any number of processes, "
+            "but the optimizer's state is stored in as many parts, and sums over ranks would differ in their last bits)"
         )
     loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
     if loaded is None:

@@ -59,7 +59,8 @@ class Geometry:
             raise DataError(
                 f"this geometry is of a {self.width}x{self.height} image, the image given is {image.size[0]}x{image.size[1]}"
             )
-        resized = image.convert("RGB").resize(self.resized, Image.Resampling.BICUBIC)
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+        resized = image.resize(self.resized, Image.Resampling.BICUBIC)
         if self.mode == "squash":
             return resized
         mean_colour = resized.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))

@@ -29,7 +29,8 @@ from encoder.processor import ClocProcessor
 class PretrainConfig:
     """How an encoder is pretrained. Defaults are Table A of arXiv 2410.02746 where it gives a number.
 
-    shards: region shards: a folder, a glob or a tar file
+    shards: region shards: a folder, a pattern, a tar file, a URL of these, a .json list of shards and their sizes, or a
+        .yaml file of several sources with weights; see docs/data.md
     output: folder for checkpoints, logs and the final model
     objective: `cloc`, or `clip` for the baseline on the same images, order and steps
     preset: size of a model trained from scratch, see encoder.config
@@ -50,6 +51,12 @@ class PretrainConfig:
     max_grad_norm: clip the gradient's norm here; 0 does not clip
     precision: bf16 or fp32
     zero_stage: DeepSpeed ZeRO stage, 0 to 3
+    recaption_ratio: how often an image that has both is shown with one of its captions and not with its alt-text
+    shuffle_window: records that are shuffled together; the shards they lie in are read at the same time
+    lanes: parts of the data that are read side by side; with remote shards, as many as machines
+    max_broken: records that may be left out, each named in OUTPUT/broken, before the run stops
+    shard_cache: folder for remote shards on this machine's own disk; None is ~/.cache/cloc_shards
+    shard_cache_gb: what the shards in it may take, gigabytes; two windows for each lane read here
     seed: of initialisation, order and draws
     workers: processes per rank that load data
     log_every: steps between log lines
@@ -76,6 +83,12 @@ class PretrainConfig:
     max_grad_norm: float = 1.0
     precision: str = "bf16"
     zero_stage: int = 1
+    recaption_ratio: float = 0.5
+    shuffle_window: int = 131_072
+    lanes: int = 1
+    max_broken: int = 0
+    shard_cache: str | None = None
+    shard_cache_gb: float = 100.0
     seed: int = 0
     workers: int = 0
     log_every: int = 50
@@ -85,6 +98,8 @@ class PretrainConfig:
         for key, allowed in (("objective", ("clip", "cloc")), ("precision", ("bf16", "fp32")), ("zero_stage", (0, 1, 2, 3))):
             if getattr(self, key) not in allowed:
                 raise DataError(f"{key} is '{getattr(self, key)}'; choose one of {', '.join(map(str, allowed))}")
+        if not 0 <= self.recaption_ratio <= 1:
+            raise DataError(f"recaption_ratio is {self.recaption_ratio}; give a share from 0 to 1")
         if self.warmup_steps >= self.steps:
             raise DataError(f"warmup_steps {self.warmup_steps} is not below steps {self.steps}; shorten the warm-up")
 
@@ -182,7 +197,7 @@ def pretrain(
     """Trains to `config.steps`, from the last checkpoint in `config.output` if there is one; returns the engine."""
     output = Path(config.output)
     engine = make_engine(model, config)
-    identity = {**asdict(config), **{f"loss.{key}": value for key, value in asdict(loss_config).items()}}
+    identity = {**asdict(config), **{f"loss.{key}": value for key, value in asdict(loss_config).items()}, **batches.identity()}
     first_step = load_training_state(engine, output, identity)
     is_main = rank() == 0
     writer = SummaryWriter(output / "tensorboard", purge_step=first_step or None) if is_main else None

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import transformers
 from encoder.arguments import add_fields, build, read_recipe
 from encoder.config import PRESETS
 from encoder.data.batches import RegionBatches
-from encoder.data.reader import RegionDataset
+from encoder.data.cache import ShardCache
+from encoder.data.reader import BrokenRecords, RegionDataset
 from encoder.distributed import choose_backend, rank, world_size
 from encoder.errors import DataError, run_main
 from encoder.export import export_clip
@@ -36,6 +38,7 @@ from encoder.tokenizer import train_text_tokenizer
 
 # Where SigLIP's biases start (arXiv 2303.15343, Section 3.2): nearly every pair of a batch is a negative.
 SIGMOID_BIAS = -10.0
+TOKENIZER_RECORDS = 200_000  # a small vocabulary learns no more from more
 
 
 def parse_arguments() -> tuple[PretrainConfig, LossConfig]:
@@ -63,6 +66,27 @@ def start_process_group() -> None:
     deepspeed.init_distributed(choose_backend(), verbose=False)
 
 
+def open_dataset(config: PretrainConfig) -> RegionDataset:
+    """The records that `config.shards` names."""
+    log = Path(config.output) / "broken" / f"rank_{rank():05d}.txt"
+    cache = ShardCache(config.shard_cache, config.shard_cache_gb)
+    return RegionDataset(config.shards, cache=cache, broken=BrokenRecords(config.max_broken, log))
+
+
+def texts_of(dataset: RegionDataset) -> Iterator[str]:
+    """The texts of the first `TOKENIZER_RECORDS` records, the same on every rank."""
+    for index in range(min(len(dataset), TOKENIZER_RECORDS)):
+        try:
+            record = dataset.record(index)
+        except DataError as error:
+            dataset.broken.add(error)
+            continue
+        yield from record.captions
+        if record.alt_text:
+            yield record.alt_text
+        yield from (phrase for region in record.regions for phrase in region.phrases)
+
+
 def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
     """The model to train, the same on every rank, and its processor."""
     fields = {} if config.prompter_readout is None else {"prompter_readout": config.prompter_readout}
@@ -77,9 +101,7 @@ def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionD
     if config.preset not in PRESETS:
         raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
     limit = PRESETS[config.preset](**fields).text_config.max_position_embeddings
-    records = (dataset.record(index) for index in range(len(dataset)))
-    texts = (text for record in records for text in [*record.captions, *(p for r in record.regions for p in r.phrases)])
-    tokenizer = train_text_tokenizer(texts, config.vocab_size, limit)
+    tokenizer = train_text_tokenizer(texts_of(dataset), config.vocab_size, limit)
     model = ClocModel(PRESETS[config.preset](vocab_size=len(tokenizer), **fields))
     image_processor = ClocImageProcessor(size=model.config.vision_config.image_size, geometry=model.config.geometry)
     return model, ClocProcessor(image_processor, tokenizer)
@@ -118,6 +140,9 @@ def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfi
         rank(),
         world_size(),
         with_regions=config.objective == "cloc",
+        recaption_ratio=config.recaption_ratio,
+        lanes=config.lanes,
+        window=config.shuffle_window,
     )
     engine = pretrain(model, processor, batches, config, loss_config)
     save_final(engine, processor, config, loss_config)
@@ -127,9 +152,8 @@ def main() -> None:
     config, loss_config = parse_arguments()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    dataset = RegionDataset(config.shards)
     start_process_group()
-    train(dataset, config, loss_config)
+    train(open_dataset(config), config, loss_config)
     torch.distributed.destroy_process_group()
 
 

@@ -7,10 +7,10 @@ import torch
 
 from encoder.config import tiny
 from encoder.errors import DataError
-from encoder.losses import LossConfig, bounded_scale, cloc_losses, grounding_loss
-from encoder.model import ClocModel, ClocOutput
 from encoder.export import export_clip
 from encoder.from_clip import from_clip
+from encoder.losses import LossConfig, bounded_scale, cloc_losses, grounding_loss
+from encoder.model import ClocModel, ClocOutput
 
 B, R, E = 4, 7, 6
 IMAGE_INDEX = torch.tensor([0, 0, 0, 2, 2, 3, 3])  # image 1 has no region

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encoder.data.reader import RegionDataset, find_shards
+from encoder.data.reader import RegionDataset
+from encoder.data.shards import find_shards
 from encoder.errors import DataError
 
 

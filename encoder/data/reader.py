@@ -1,10 +1,9 @@
-"""Region records at random from WebDataset shards, read where they lie: an index of offsets, no extraction."""
+"""Region records at random from WebDataset shards, read where they lie: a table of offsets per shard, no extraction."""
 
-import glob
 import io
+import math
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,198 +11,213 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from encoder.data.records import RegionRecord, parse_record
+from encoder.data.cache import ShardCache
+from encoder.data.records import RegionRecord, parse_sample
+from encoder.data.shards import Shard, Shards, find_sources
+from encoder.data.tars import Member, ShardTable, key_of, read_table
 from encoder.errors import DataError
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-BLOCK = 512  # bytes of a tar block; an archive ends with two blocks of zeros
 # What PIL raises for bytes that are no image, or a broken or a hostile one.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+KEPT_TABLES = 128  # of shards whose size is known in advance, per process; about a megabyte each at 10,000 records
+SHOWN = 10  # broken records in the message that stops a run
 
-Shards = str | Path | Sequence[str | Path]
 
+class BrokenRecords:
+    """The records that were left out, a sentence each; the one above the limit stops the run.
 
-def find_shards(shards: Shards) -> list[Path]:
-    """A tar file, a folder of them, a pattern with wildcards, or a list of these -> the files, each sorted by name."""
-    if not isinstance(shards, str | Path):
-        found = [file for entry in shards for file in find_shards(entry)]
-        if not found:
-            raise FileNotFoundError("the list of shards is empty; give .tar files, folders or patterns")
-        return found
-    path = Path(shards)
-    if path.is_file():
-        return [path]
-    found = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(shards))))
-    if not found:
-        seen = "holds no .tar file" if path.is_dir() else "matches no file"
-        raise FileNotFoundError(f"{shards} {seen}; give .tar shards, a folder of them, or a pattern in quotes")
-    return found
+    limit: how many are accepted, over all ranks and from the run's start on
+    log: a file of this rank; the `.txt` files beside it are the other ranks'
+    """
+
+    def __init__(self, limit: float = 0, log: str | Path | None = None):
+        self.limit, self.log = limit, Path(log) if log else None
+        self.sentences: list[str] = []
+
+    def add(self, error: DataError) -> None:
+        """Notes one; DataError where that is too many. A record that is met again counts once."""
+        if self.limit == 0:
+            raise error
+        sentence = str(error)
+        if sentence in self.sentences:
+            return
+        self.sentences.append(sentence)
+        found = self.sentences
+        if self.log:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "a") as file:  # one write: lines of several workers do not mix
+                file.write(f"{sentence}\n")
+            found = sorted({line for log in self.log.parent.glob("*.txt") for line in log.read_text().splitlines()})
+        if len(found) > self.limit:
+            more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            place = f", listed in {self.log.parent}" if self.log else ""
+            raise DataError(f"{len(found)} broken records, max_broken is {self.limit}{place}: {'; '.join(found[:SHOWN])}{more}")
 
 
 class RegionDataset:
     """`dataset[i]` -> (RGB image, RegionRecord), by seeking in the shards.
 
-    Everything but the pixels is checked at construction: the tars' structure, every record, every image's header and
-    size. Can be pickled and forked: no file stays open.
+    Shards of unknown size are read at construction and everything but the pixels is checked: the tars' structure, every
+    record, every image's header and size. Where the sizes are given (see `find_sources`) nothing is opened before it is
+    needed, and each record is checked when it is read. Can be pickled and forked: no file stays open.
 
-    shards: see `find_shards`
+    shards: see `find_sources`
     on_error: "raise" the first problem as a DataError, or "collect" them all in `problems`, one sentence each, and leave
         out the records they concern
     progress: a bar over the shards, where there are several
+    cache: of remote shards, and of the tables of shards whose size is given
+    broken: takes the problems in place of `on_error`
     """
 
-    def __init__(self, shards: Shards, on_error: str = "raise", progress: bool = True):
+    def __init__(
+        self,
+        shards: Shards,
+        on_error: str = "raise",
+        progress: bool = True,
+        cache: ShardCache | None = None,
+        broken: BrokenRecords | None = None,
+    ):
         if on_error not in ("raise", "collect"):
             raise DataError(f"on_error is '{on_error}'; choose raise or collect")
-        self.shards = find_shards(shards)
-        self.problems: list[str] = []
-        self.names: list[str] = []  # each record's key in its shard
-        rows = []
-        for number, shard in enumerate(tqdm(self.shards, "shards", disable=not progress or len(self.shards) < 2)):
-            for found in _scan(shard):
-                if isinstance(found, DataError):
-                    if on_error == "raise":
-                        raise found
-                    self.problems.append(str(found))
-                else:
-                    key, *offsets = found
-                    self.names.append(key)
-                    rows.append((number, *offsets))
-        if not rows and on_error == "raise":
-            raise DataError(f"{self.shards[0]} and {len(self.shards) - 1} more shard(s) hold no record; give other shards")
-        # One row per record: shard, then offset and size in bytes of the image and of the JSON. An array, so that
-        # forked workers share its memory.
-        self._index = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        self.cache = cache or ShardCache()
+        self.broken = broken or BrokenRecords(math.inf if on_error == "collect" else 0)
+        sources = find_sources(shards)
+        self.weights = [source.weight for source in sources]
+        self.shards: list[Shard] = [shard for source in sources for shard in source.shards]
+        self._tables: dict[int, ShardTable] = {}  # of the shards that were read here: they stay
+        self._recent: dict[int, ShardTable] = {}
+        self.counts: list[list[int]] = []  # per source, the records of each shard
+        unknown = sum(len(source.shards) for source in sources if source.counts is None)
+        first = 0
+        with tqdm(total=unknown, desc="shards", disable=not progress or unknown < 2) as bar:
+            for source in sources:
+                if source.counts is None:
+                    for number, shard in enumerate(source.shards, first):
+                        self._tables[number] = self._checked(shard)
+                        bar.update()
+                    source.counts = [len(self._tables[first + number].rows) for number in range(len(source.shards))]
+                self.counts.append(source.counts)
+                first += len(source.shards)
+                if not sum(source.counts) and on_error == "raise":
+                    raise DataError(
+                        f"{source.shards[0]} and {len(source.shards) - 1} more shard(s) hold no record; give other shards"
+                    )
+        self._ends = np.cumsum([count for counts in self.counts for count in counts])
 
     def __len__(self) -> int:
-        return len(self._index)
+        return int(self._ends[-1])
 
-    def where(self, index: int) -> str:
-        """Shard and key of a record, for messages."""
-        return f"{self.shards[self._index[index, 0]]}, {self.names[index]}"
+    @property
+    def problems(self) -> list[str]:
+        """What was wrong with the records that were left out."""
+        return self.broken.sentences
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Each record's key in its shard, of the shards that were read at construction."""
+        return [key_of(name) for table in self._tables.values() for name in table.names.tolist()]
 
     def record(self, index: int) -> RegionRecord:
-        """The record alone, without reading its image."""
-        shard, _, _, offset, size = self._index[index].tolist()
-        with open(self.shards[shard], "rb") as file:
-            file.seek(offset)
-            return parse_record(file.read(size), f"{self.where(index)}.json")
+        """The record alone, without decoding its image."""
+        number, row = self._place(index)
+        table = self._table(number)
+        with self.cache.open(self.shards[number]) as file:
+            return _read_record(file, self.shards[number], table, row)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, RegionRecord]:
-        """The image, RGB as stored, and its record. DataError where the pixels cannot be read."""
-        record = self.record(index)
-        shard, offset, size, _, _ = self._index[index].tolist()
-        with open(self.shards[shard], "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        try:
-            return Image.open(io.BytesIO(data)).convert("RGB"), record
-        except IMAGE_ERRORS as error:
-            raise DataError(f"{self.where(index)}: image {record.image} cannot be read ({error}); replace it") from error
+        """The image, RGB as stored, and its record. DataError where one of them cannot be read."""
+        number, row = self._place(index)
+        table = self._table(number)
+        with self.cache.open(self.shards[number]) as file:
+            return _read_sample(file, self.shards[number], table, row)
+
+    def sample(self, index: int) -> tuple[Image.Image, RegionRecord]:
+        """`dataset[index]`; where that is broken it is counted, and the next good one of its shard takes its place."""
+        number, row = self._place(index)
+        table, shard = self._table(number), self.shards[number]
+        count = len(table.rows)
+        with self.cache.open(shard) as file:  # a shard that cannot be had is no broken record
+            for other in range(row, row + count):
+                try:
+                    return _read_sample(file, shard, table, other % count)
+                except DataError as error:
+                    self.broken.add(error)
+        raise DataError(f"{shard}: none of its {count} records can be read; take it out of the shards")
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """A record's shard, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, int(index - (self._ends[number - 1] if number else 0))
+
+    def _table(self, number: int) -> ShardTable:
+        table = self._tables.get(number) or self._recent.get(number)
+        if table is None:
+            shard, previous = self.shards[number], self._ends[number - 1] if number else 0
+            table = self.cache.table(shard)
+            for problem in table.problems.tolist():
+                self.broken.add(DataError(problem))
+            if len(table.rows) != self._ends[number] - previous:
+                raise DataError(
+                    f"{shard} holds {len(table.rows)} samples, its list of sizes says {self._ends[number] - previous}; "
+                    "fetch it again, or write the list again with scripts/index_shards.py"
+                )
+            if len(self._recent) >= KEPT_TABLES:
+                del self._recent[next(iter(self._recent))]
+            self._recent[number] = table
+        return table
+
+    def _checked(self, shard: Shard) -> ShardTable:
+        """The shard's table without the records that have a problem."""
+        with self.cache.open(shard) as raw, io.BufferedReader(raw) as file:
+            table = read_table(file, shard)
+            for problem in table.problems.tolist():
+                self.broken.add(DataError(problem))
+            good = []
+            for row in range(len(table.rows)):
+                try:
+                    _read_record(file, shard, table, row)
+                    good.append(row)
+                except DataError as error:
+                    self.broken.add(error)
+        return table._replace(rows=table.rows[good], names=table.names[good])
 
 
-class _Member(io.RawIOBase):
-    """A member's bytes as a file of their own, so that PIL reads no more of it than the header."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int):
-        self._file, self._offset, self._size, self._position = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + position)
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        self._file.seek(self._offset + self._position)
-        data = self._file.read(left if size is None or size < 0 else min(size, left))
-        self._position += len(data)
-        return data
+def _part(file: BinaryIO, row: np.ndarray, part: int) -> bytes | None:
+    """Part 0 (image), 1 (.json) or 2 (.txt) of a sample; None where it has none."""
+    offset, size = row[2 * part : 2 * part + 2].tolist()
+    return os.pread(file.fileno(), size, offset) if size >= 0 else None
 
 
-def _scan(shard: Path) -> Iterator[tuple[str, int, int, int, int] | DataError]:
-    """The shard's records as (key, image offset, image size, JSON offset, JSON size), and its problems."""
-    length = os.path.getsize(shard)
-    with open(shard, "rb") as file:
-        key, members = None, {}
-        for member in _members(shard, file, length):
-            if isinstance(member, DataError):
-                yield member
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            member_key = f"{folder}/{stem}" if folder else stem
-            if member_key != key:
-                if members:
-                    yield _check(shard, file, key, members)
-                key, members = member_key, {}
-            members[suffix.lower()] = member
-        if members:
-            yield _check(shard, file, key, members)
-
-
-def _members(shard: Path, file: BinaryIO, length: int) -> Iterator[tarfile.TarInfo | DataError]:
-    """The files in a tar, in order. A problem of one member is yielded in its place; a broken archive ends it."""
-    end = 0  # of the last member that lies whole in the file
+def _read_record(file: BinaryIO, shard: Shard, table: ShardTable, row: int) -> RegionRecord:
+    """A record, checked against its image's header."""
+    name, offsets = str(table.names[row]), table.rows[row]
+    where = f"{shard}, {key_of(name)}"
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # else every header of a large shard is kept
-                if member.offset_data + member.size > length:
-                    yield DataError(
-                        f"{shard} is truncated at byte {length}: member {member.name} ends at byte "
-                        f"{member.offset_data + member.size}; fetch or write it again"
-                    )
-                    return
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    yield DataError(f"{shard}: member path '{member.name}' leaves the archive; write it with plain names")
-                elif member.isfile() and not member.issparse():
-                    yield member
-                elif not member.isdir():
-                    yield DataError(f"{shard}: member {member.name} is a link, a device or sparse; write plain files")
-    except tarfile.TarError as error:
-        yield DataError(f"{shard} is not a whole uncompressed tar ({error}, after byte {end} of {length}); write it again")
-        return
-    # tarfile takes a broken header, and a file that stops between two members, for the archive's end.
-    file.seek(end)
-    mark = file.read(2 * BLOCK)
-    if any(mark):
-        yield DataError(f"{shard} has a broken member header at byte {end} of {length}; fetch or write it again")
-    elif len(mark) < 2 * BLOCK:
-        yield DataError(f"{shard} is truncated at byte {length}: the end-of-archive mark is missing; fetch or write it again")
-
-
-def _check(
-    shard: Path, file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]
-) -> tuple[str, int, int, int, int] | DataError:
-    """A sample's members -> its index row, or what is wrong with it."""
-    suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
-    if "json" not in members or not suffixes:
-        lacking = "a .json record" if suffixes else f"an image ({', '.join(IMAGE_SUFFIXES)})"
-        return DataError(f"{shard}: sample {key} has only {', '.join(sorted(members))}; add {lacking}")
-    picture, label = members[suffixes[0]], members["json"]
-    where = f"{shard}, {label.name}"
-    try:
-        file.seek(label.offset_data)
-        record = parse_record(file.read(label.size), where)
-        if record.image not in (picture.name, picture.name.rpartition("/")[2]):
-            raise DataError(f"{where}: image is '{record.image}', beside it lies {picture.name}; make them agree")
-        with Image.open(_Member(file, picture.offset_data, picture.size)) as image:
-            if image.size != (record.width, record.height):
-                stated, found = f"{record.width}x{record.height}", f"{image.size[0]}x{image.size[1]}"
-                raise DataError(f"{where}: width and height say {stated}, image {picture.name} is {found}; correct the record")
-    except DataError as error:
-        return error
+        with Image.open(Member(file, *offsets[:2].tolist())) as image:
+            size = image.size
     except IMAGE_ERRORS as error:
-        return DataError(f"{shard}: image {picture.name} cannot be read ({type(error).__name__}); replace it")
-    return key, picture.offset_data, picture.size, label.offset_data, label.size
+        raise _unreadable(where, name, error) from error
+    return parse_sample(_part(file, offsets, 1), _part(file, offsets, 2), name, size, where)
+
+
+def _read_sample(file: BinaryIO, shard: Shard, table: ShardTable, row: int) -> tuple[Image.Image, RegionRecord]:
+    """The decoded image, RGB, and its record."""
+    data, label, text = (_part(file, table.rows[row], part) for part in range(3))
+    name = str(table.names[row])
+    where = f"{shard}, {key_of(name)}"
+    try:
+        image = Image.open(io.BytesIO(data))
+        record = parse_sample(label, text, name, image.size, where)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB"), record  # `convert` alone would copy
+    except DataError:
+        raise
+    except IMAGE_ERRORS as error:
+        raise _unreadable(where, name, error) from error
+
+
+def _unreadable(where: str, name: str, error: Exception) -> DataError:
+    # Not PIL's own words: they hold addresses, and a record that is met twice must count once.
+    return DataError(f"{where}: image {name} cannot be read ({type(error).__name__}); replace it")

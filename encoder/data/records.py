@@ -4,7 +4,10 @@
      "regions": [{"box": [x1, y1, x2, y2], "phrases": ["red apple", "small red apple"], "score": 1.0, "source": "scenes"}]}
 
 Boxes are xyxy floats in pixels of the stored image. `score` and `source` (who labelled it) may be absent; keys that are
-not named here are allowed and not read.
+not named here are allowed and not read. `captions` describe the image (recaptions); the text that it was found with is
+`alt_text`, or the `.txt` beside it, and where there is one `captions` may be absent.
+
+A JSON without `image`, `captions` and `regions` is no record but what `img2dataset` writes: an image with its alt-text alone.
 """
 
 import json
@@ -30,33 +33,59 @@ class Region:
 
 @dataclass(frozen=True)
 class RegionRecord:
-    """image: name of the image in its shard; width, height: its size in pixels; captions: at least one; regions: any
-    number, also none."""
+    """image: name of the image in its shard; width, height: its size in pixels; captions: at least one, or an alt_text;
+    regions: any number, also none; alt_text: "" if there is none."""
 
     image: str
     width: int
     height: int
     captions: tuple[str, ...]
     regions: tuple[Region, ...]
+    alt_text: str = ""
 
 
-def parse_record(record: bytes | str | dict, where: str) -> RegionRecord:
+def parse_sample(label: bytes | None, text: bytes | None, image: str, size: tuple[int, int], where: str) -> RegionRecord:
+    """What lies beside an image in a shard -> RegionRecord; without a region record one that has no regions.
+
+    label, text: the `.json` and the `.txt`, None where there is none
+    image, size: the image's member name, and its width and height in pixels, with which a record must agree
+    where: names shard and sample in messages. Raises DataError as `parse_record` does, and where no text is found
+    """
+    try:
+        alt_text = (text or b"").decode().strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}.txt is not UTF-8 text ({error}); write it again") from error
+    fields = {} if label is None else _object(label, f"{where}.json")
+    if not fields.keys() & {"image", "captions", "regions"}:
+        caption = fields.get("caption")
+        alt_text = alt_text or (caption.strip() if isinstance(caption, str) else "")
+        if not alt_text:
+            raise DataError(f"{where}: neither the .txt nor the .json has a caption; add one, or remove the sample")
+        return RegionRecord(image, *size, (), (), alt_text)
+    where = f"{where}.json"
+    record = parse_record(fields, where, alt_text)
+    if record.image not in (image, image.rpartition("/")[2]):
+        raise DataError(f"{where}: image is '{record.image}', beside it lies {image}; make them agree")
+    if size != (record.width, record.height):
+        stated, found = f"{record.width}x{record.height}", f"{size[0]}x{size[1]}"
+        raise DataError(f"{where}: width and height say {stated}, image {image} is {found}; correct the record")
+    return record
+
+
+def parse_record(record: bytes | str | dict, where: str, alt_text: str = "") -> RegionRecord:
     """A record's JSON, or the object parsed from it -> RegionRecord.
 
     where: names shard and member in messages. Raises DataError with one sentence: where, the key, the value seen and
     what to do; for a missing key, a wrong type, a size that is not positive, an empty list of captions or phrases, and
     a box that has no area or lies outside its image.
+    alt_text: taken where the record itself has none
     """
     if not isinstance(record, dict):
-        try:
-            record = json.loads(record)
-        except ValueError as error:
-            raise DataError(f"{where} is not valid JSON ({error}); write the record again") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where} holds a JSON {type(record).__name__}; a record is an object with image and regions")
+        record = _object(record, where)
     image = _text(record, "image", where)
     width, height = (_positive_integer(record, key, where) for key in ("width", "height"))
-    captions = _texts(record, "captions", "", where)
+    alt_text = _text(record, "alt_text", where) if "alt_text" in record else alt_text
+    captions = () if alt_text and "captions" not in record else _texts(record, "captions", "", where)
     regions = []
     for index, region in enumerate(_list(record, "regions", "", where)):
         prefix = f"regions[{index}]"
@@ -70,7 +99,18 @@ def parse_record(record: bytes | str | dict, where: str) -> RegionRecord:
         if not isinstance(source, str):
             raise DataError(f"{where}: {prefix}.source is {_shown(source)}; give a string or leave it out")
         regions.append(Region(box, phrases, float(score), source))
-    return RegionRecord(image, width, height, captions, tuple(regions))
+    return RegionRecord(image, width, height, captions, tuple(regions), alt_text)
+
+
+def _object(label: bytes | str, where: str) -> dict:
+    """The JSON object in `label`."""
+    try:
+        value = json.loads(label)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON ({error}); write the record again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} holds a JSON {type(value).__name__}; a record is an object with image and regions")
+    return value
 
 
 def _shown(value: Any) -> str:
@@ -83,6 +123,8 @@ def _shown(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
+    if type(value) is float:
+        return math.isfinite(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
