@@ -62,14 +62,16 @@ def ship(out: Path, weights: Path) -> None:
 
 
 def _copy(source: Path, target: Path, logs: dict[str, Path]) -> None:
-    """A model's own files, no checkpoints and no features, and its logs under the names given."""
+    """A model's own files, no checkpoints and no features, and its logs under the names given; paths from the root on."""
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)
     kept = [file for file in source.iterdir() if file.suffix in (".safetensors", ".json", ".model", ".jinja")]
     for name, file in {**{file.name: file for file in kept}, **logs}.items():
-        shutil.copy2(file, target / name)
-        (target / name).chmod(0o644)
+        if file.suffix in (".json", ".jsonl"):
+            (target / name).write_text(file.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", ""), encoding="utf-8")
+        else:
+            shutil.copyfile(file, target / name)
 
 
 def main() -> None:
