@@ -23,6 +23,8 @@ class ClocConfig(CLIPConfig):
     box_corner_embedding: learned embedding per corner type (top-left, bottom-right) added to the sinusoids, as in SAM
     box_min_frequency, box_max_frequency: cycles over the image's side of the slowest and fastest sinusoid of a corner
     normalize_text_prompt: whether the text feature is L2-normalised before it becomes a prompt
+    logit_bias_init_value: start of the two learned biases that the sigmoid loss adds to its logits (SigLIP's is -10); None
+        for a model without them
     region_temperature: `shared` with the image-text loss, or the region-text loss's `own`, learned from the same start
     box_head_width: hidden width of the BoxHead; None takes the tower's width
     position_init: how a tower trained from scratch starts its position table: `normal` (CLIP's), or `sincos`, the same
@@ -41,6 +43,7 @@ class ClocConfig(CLIPConfig):
     box_min_frequency: float = 0.5
     box_max_frequency: float = 32.0
     normalize_text_prompt: bool = False
+    logit_bias_init_value: float | None = None
     region_temperature: str = "shared"
     box_head_width: int | None = None
     position_init: str = "normal"

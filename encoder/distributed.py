@@ -1,4 +1,4 @@
-"""Rank, world size, and gathers that carry gradients; no-ops when there is one process.
+"""Rank, world size, gathers and sums over ranks; no-ops when there is one process.
 
 Whatever is gathered may have a different first dimension on every rank, zero included.
 """
@@ -46,27 +46,33 @@ def gather(local: Tensor, counts: list[int]) -> Tensor:
         return local
     padded = local.new_zeros(max(counts), *local.shape[1:])
     padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    parts = padded.new_empty(len(counts), *padded.shape)
+    dist.all_gather(list(parts), padded)
+    if min(counts) == max(counts):
+        return parts.flatten(0, 1)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-class _GatherWithGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local, counts):
-        ctx.start, ctx.length = sum(counts[: rank()]), len(local)
-        return gather(local, counts)
+def sum_to_owners(values: Tensor, counts: list[int]) -> Tensor:
+    """The way back of `gather`: every rank's (sum of n_r, ...) are added up, and a rank gets its own rows (n_r, ...).
 
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still need the one it handed over
-        dist.all_reduce(grad)
-        return grad[ctx.start : ctx.start + ctx.length], None
+    `values` is written over.
+    """
+    if world_size() > 1:
+        dist.all_reduce(values)
+    start = sum(counts[: rank()])
+    return values[start : start + counts[rank()]]
 
 
-def gather_with_grad(local: Tensor, counts: list[int]) -> Tensor:
-    """As `gather`, and every rank's use of a row sends its gradient back to the rank that owns the row (summed)."""
-    return local if world_size() == 1 else _GatherWithGrad.apply(local, counts)
+def logsumexp_over_ranks(values: Tensor) -> Tensor:
+    """log of the sum over ranks of exp(values), elementwise; no gradient. Each element is finite on some rank."""
+    if world_size() == 1:
+        return values
+    highest = values.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    total = (values - highest).exp_()
+    dist.all_reduce(total)
+    return highest + total.log_()
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -20,21 +20,30 @@ from encoder.model import ClocOutput
 class LossConfig:
     """What the total loss is made of.
 
+    contrastive: `softmax`, InfoNCE (the paper's), or `sigmoid`, every pair a question of its own (SigLIP); the latter needs
+        a model with `logit_bias_init_value`
     region_loss_weight, grounding_loss_weight: of the two region losses, before the label-coverage factor (Table A: 1.0)
     label_coverage: multiply both by the fraction of the batch's images that have regions (the paper's lambda)
     similar_text_threshold: cosine above which another region's text is no negative (Section 3.4); None filters nothing
     grounding_norm: `mse`, the mean over the four coordinates, or `l2`, a quarter of the Euclidean norm (Eq. 3 reads both ways)
     max_logit_scale: the temperature's bound, as a scale (CLIP's 100)
+    block_size: rows and columns of the blocks in which the matrix of logits is computed; changes memory and speed alone
     """
 
+    contrastive: str = "softmax"
     region_loss_weight: float = 1.0
     grounding_loss_weight: float = 1.0
     label_coverage: bool = True
     similar_text_threshold: float | None = 0.9
     grounding_norm: str = "mse"
     max_logit_scale: float = 100.0
+    block_size: int = 2048
 
     def __post_init__(self):
+        if self.contrastive not in ("softmax", "sigmoid"):
+            raise DataError(f"LossConfig.contrastive is '{self.contrastive}'; choose softmax or sigmoid")
+        if self.block_size < 1:
+            raise DataError(f"LossConfig.block_size is {self.block_size}; a block has at least one row")
         if self.grounding_norm not in ("mse", "l2"):
             raise DataError(f"LossConfig.grounding_norm is '{self.grounding_norm}'; choose mse or l2")
         if self.similar_text_threshold is not None and not 0 < self.similar_text_threshold <= 1:
@@ -59,17 +68,30 @@ def cloc_losses(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | 
 
     output: of `ClocModel.forward`; without region features only the CLIP loss is there
     boxes: (R, 4) xyxy in [0, 1]; image_index: (R,) image of each region within this rank's batch
-    report: unweighted terms, masked fraction, regions, lambda; for logs, shares like the losses where they are losses
+    report: unweighted terms, masked fraction, regions, lambda; for logs, shares like the losses where they are losses,
+        of all ranks where they are not
     """
+    biases = output.logit_bias, output.region_logit_bias
+    if config.contrastive == "softmax":
+        biases = None, None
+    elif None in biases:
+        raise DataError("LossConfig.contrastive is 'sigmoid' but the model has no bias; give it a logit_bias_init_value of -10")
     scale = bounded_scale(output.logit_scale, config.max_logit_scale)
-    clip_share, clip_report = contrastive_loss(output.image_feat, output.text_feat, scale)
+    clip_share, clip_report = contrastive_loss(
+        output.image_feat, output.text_feat, scale, logit_bias=biases[0], block_size=config.block_size
+    )
     losses, report = {"clip_loss": clip_share}, {"clip_loss": clip_share.detach()}
     if output.region_feat is None:
         return losses, report
 
     region_scale = bounded_scale(output.region_logit_scale, config.max_logit_scale)
     region_share, region_report = contrastive_loss(
-        output.region_feat, output.region_text_feat, region_scale, output.region_text_feat, config.similar_text_threshold
+        output.region_feat,
+        output.region_text_feat,
+        region_scale,
+        config.similar_text_threshold,
+        biases[1],
+        config.block_size,
     )
     total = region_report["count"]
     grounding_share = grounding_loss(output.predicted_boxes, boxes, total, config.grounding_norm)

@@ -18,7 +18,7 @@ from encoder.config import ClocConfig
 from encoder.prompter import BoxHead, Prompter, PromptLayer, sinusoids
 
 # Parameters that CLOC adds to CLIP, by the start of their names.
-ADDED_TO_CLIP = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale")
+ADDED_TO_CLIP = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale", "logit_bias", "region_logit_bias")
 
 
 @dataclass
@@ -37,6 +37,7 @@ class ClocOutput:
     region_feat, region_text_feat: (R, E) of the box prompts and of the regions' own texts
     predicted_boxes: (R, 4) xyxy in [0, 1], from the text prompts
     logit_scale, region_logit_scale: (), log of 1/temperature of the image-text and the region-text loss
+    logit_bias, region_logit_bias: () of the same two, where the model has them
     """
 
     image_feat: Tensor
@@ -46,6 +47,8 @@ class ClocOutput:
     predicted_boxes: Tensor | None
     logit_scale: Tensor
     region_logit_scale: Tensor
+    logit_bias: Tensor | None = None
+    region_logit_bias: Tensor | None = None
 
 
 class ClocModel(CLIPModel):
@@ -60,6 +63,10 @@ class ClocModel(CLIPModel):
         self.text_prompter = None if config.prompter_shared else Prompter(config, boxes=False)
         own = config.region_temperature == "own"
         self.region_logit_scale = nn.Parameter(self.logit_scale.detach().clone()) if own else None
+        bias = config.logit_bias_init_value
+        self.logit_bias, self.region_logit_bias = (
+            None if bias is None else nn.Parameter(torch.tensor(float(bias))) for _ in range(2)
+        )
         self.box_head = BoxHead(config)
         self.post_init()
 
@@ -98,8 +105,12 @@ class ClocModel(CLIPModel):
             init.normal_(module.fc1.weight, std=module.fc1.in_features**-0.5)
             init.normal_(module.fc2.weight, std=0.02)
             init.constant_(module.fc2.bias, 0.5)
-        elif isinstance(module, ClocModel) and self.config.position_init == "sincos":
-            init_sincos_positions(self.vision_model.embeddings, self.config)
+        elif isinstance(module, ClocModel):
+            if self.config.position_init == "sincos":
+                init_sincos_positions(self.vision_model.embeddings, self.config)
+            if getattr(module, "logit_bias", None) is not None:  # CLIPModel initialises before it is there
+                init.constant_(module.logit_bias, self.config.logit_bias_init_value)
+                init.constant_(module.region_logit_bias, self.config.logit_bias_init_value)
 
     def encode_image(self, pixel_values: Tensor) -> ImageEncoding:
         """Pixels (B, 3, S, S), normalised -> the tokens and feature of each image; the one pass that all prompts share."""
@@ -153,15 +164,17 @@ class ClocModel(CLIPModel):
         text_feat = self.encode_text(input_ids, attention_mask)
         region_scale = self.logit_scale if self.region_logit_scale is None else self.region_logit_scale
         # As scalars, whatever shape the engine trains them in (see encoder.pretraining.reshape_scalars).
-        scales = self.logit_scale.reshape(()), region_scale.reshape(())
+        scalars = [self.logit_scale.reshape(()), region_scale.reshape(())]
+        if self.logit_bias is not None:
+            scalars += [self.logit_bias.reshape(()), self.region_logit_bias.reshape(())]
         if boxes is None:
-            return ClocOutput(image.feat, text_feat, None, None, None, *scales)
+            return ClocOutput(image.feat, text_feat, None, None, None, *scalars)
         region_text_feat = self.encode_text(region_input_ids, region_attention_mask)
         if region_text_index is not None:
             region_text_feat = region_text_feat[region_text_index]
         region_feat = self.embed_boxes(image.tokens, boxes, image_index)
         predicted_boxes = self.predict_boxes(self.embed_texts(image.tokens, region_text_feat, image_index))
-        return ClocOutput(image.feat, text_feat, region_feat, region_text_feat, predicted_boxes, *scales)
+        return ClocOutput(image.feat, text_feat, region_feat, region_text_feat, predicted_boxes, *scalars)
 
 
 @torch.no_grad()

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from encoder.checkpoint import forget_after, load_training_state, save_training_state
 from encoder.data.batches import RegionBatches, batch_loader
 from encoder.distributed import rank, sum_over_ranks, world_size
 from encoder.errors import DataError
+from encoder.gradient_cache import cached_backward, micro_batches
 from encoder.losses import LossConfig, bounded_scale, cloc_losses
-from encoder.model import ClocModel
+from encoder.model import ClocModel, ClocOutput
 from encoder.processor import ClocProcessor
 
 
@@ -35,6 +37,8 @@ class PretrainConfig:
     vocab_size: pieces of the tokenizer that a model from scratch trains on its own captions
     prompter_readout: `mean` (the paper's) or `prompt`; None keeps the preset's
     batch_size: images of the global batch
+    micro_batch_size: images that a process runs at a time; the loss and its gradient stay those of the whole batch, for one
+        more forward pass (encoder.gradient_cache). 0 runs its part of the batch at once
     max_boxes: regions per image and step, at most
     steps: optimizer steps of the whole run
     learning_rate: peak, reached after the warm-up and followed by a cosine to zero
@@ -60,6 +64,7 @@ class PretrainConfig:
     vocab_size: int = 512
     prompter_readout: str | None = None
     batch_size: int = 32768
+    micro_batch_size: int = 0
     max_boxes: int = 4
     steps: int = 439_087
     learning_rate: float = 5e-4
@@ -119,9 +124,14 @@ def make_engine(model: ClocModel, config: PretrainConfig) -> deepspeed.DeepSpeed
         done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
+    share = config.batch_size // world_size()
+    micro_batch_size = config.micro_batch_size or share
+    if share % micro_batch_size:
+        raise DataError(f"micro_batch_size {micro_batch_size} does not divide the {share} images of a process; choose a divisor")
     settings = {
         "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // world_size(),
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": share // micro_batch_size,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": config.precision == "bf16"},
         # A ZeRO stage needs a partitioned optimizer; with fp32 on one process stage 0 is plain AdamW.
@@ -139,16 +149,30 @@ def make_engine(model: ClocModel, config: PretrainConfig) -> deepspeed.DeepSpeed
 
 def train_step(engine: deepspeed.DeepSpeedEngine, batch: dict, loss_config: LossConfig) -> dict:
     """Forward, backward and update on this rank's part of a batch; returns the report of `cloc_losses`."""
-    floating = engine.module.dtype
-    batch = {key: value.to(engine.device, dtype=floating if key == "pixel_values" else None) for key, value in batch.items()}
-    output = engine(**batch)
-    losses, report = cloc_losses(output, batch.get("boxes"), batch.get("image_index"), loss_config)
-    # Of this step's forward pass: after the update it could be the next one's.
-    report["logit_scale"] = bounded_scale(output.logit_scale.detach(), loss_config.max_logit_scale)
-    # Shares sum to the loss; the engine averages gradients over ranks.
-    engine.backward(sum(losses.values()) * world_size())
-    engine.step()
-    report["loss"] = sum(loss.detach() for loss in losses.values())
+
+    def forward(part: dict) -> ClocOutput:
+        dtypes = {"pixel_values": engine.module.dtype}
+        return engine(**{key: value.to(engine.device, dtypes.get(key)) for key, value in part.items()})
+
+    def loss_of(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | None) -> tuple[Tensor, dict]:
+        if boxes is not None:
+            boxes, image_index = boxes.to(engine.device), image_index.to(engine.device)
+        losses, report = cloc_losses(output, boxes, image_index, loss_config)
+        # Of this step's forward pass: after the update it could be the next one's.
+        report["logit_scale"] = bounded_scale(output.logit_scale.detach(), loss_config.max_logit_scale)
+        report["loss"] = sum(loss.detach() for loss in losses.values())
+        # Shares sum to the loss; the engine averages gradients over ranks.
+        return sum(losses.values()) * world_size(), report
+
+    def backward(loss: Tensor) -> None:
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()  # updates after the last micro batch
+
+    if engine.gradient_accumulation_steps() > 1:
+        parts = micro_batches(batch, engine.train_micro_batch_size_per_gpu())
+        return cached_backward(parts, forward, loss_of, backward)
+    loss, report = loss_of(forward(batch), batch.get("boxes"), batch.get("image_index"))
+    backward(loss)
     return report
 
 

@@ -32,6 +32,9 @@ from encoder.pretraining import PretrainConfig, pretrain, reshape_scalars
 from encoder.processor import ClocImageProcessor, ClocProcessor
 from encoder.tokenizer import train_text_tokenizer
 
+# Where SigLIP's biases start (arXiv 2303.15343, Section 3.2): nearly every pair of a batch is a negative.
+SIGMOID_BIAS = -10.0
+
 
 def parse_arguments() -> tuple[PretrainConfig, LossConfig]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,9 +61,11 @@ def start_process_group() -> None:
     deepspeed.init_distributed(choose_backend(), verbose=False)
 
 
-def make_model(config: PretrainConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
+def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
     """The model to train, the same on every rank, and its processor."""
     fields = {} if config.prompter_readout is None else {"prompter_readout": config.prompter_readout}
+    if loss_config.contrastive == "sigmoid":
+        fields["logit_bias_init_value"] = SIGMOID_BIAS
     torch.manual_seed(config.seed)
     if config.init:
         if folder_kind(config.init) == "cloc":
@@ -96,11 +101,11 @@ def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, conf
 
 def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfig) -> None:
     """One run, from the records to the saved model, in the process group that is there."""
-    model, processor = make_model(config, dataset)
+    model, processor = make_model(config, loss_config, dataset)
     if config.objective == "clip":
         # Same initial towers as the method's; the Prompter takes no part and is not saved.
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = not name.startswith(ADDED_TO_CLIP)
+            parameter.requires_grad = not name.startswith(ADDED_TO_CLIP) or name == "logit_bias"
     batches = RegionBatches(
         dataset,
         processor,

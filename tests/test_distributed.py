@@ -13,6 +13,7 @@ import torch.multiprocessing as multiprocessing
 from encoder import distributed
 from encoder.config import tiny
 from encoder.contrastive import contrastive_loss
+from encoder.gradient_cache import cached_backward, micro_batches
 from encoder.losses import LossConfig, cloc_losses
 from encoder.model import ClocModel
 
@@ -21,8 +22,13 @@ pytestmark = pytest.mark.timeout(1800)  # two processes start slowly on a busy m
 WORLD = 2
 # Regions of each of four images; the first two images are rank 0's.
 REGION_COUNTS = {"uneven": (3, 1, 0, 4), "all on one rank": (0, 0, 2, 3), "one region": (0, 1, 0, 0), "none at all": (0, 0, 0, 0)}
-CONFIGS = {"default": LossConfig(), "strong filter, l2": LossConfig(similar_text_threshold=0.2, grounding_norm="l2")}
-ROW_COUNTS = {"uneven": (5, 2), "empty rank": (0, 6), "both empty": (0, 0)}
+CONFIGS = {
+    "default": LossConfig(),
+    "strong filter, l2, blocks": LossConfig(similar_text_threshold=0.2, grounding_norm="l2", block_size=2),
+    "sigmoid": LossConfig(contrastive="sigmoid", block_size=3),
+}
+LOGITS = torch.tensor([[1.0, -200.0, -torch.inf, 90.0], [2.0, -190.0, -300.0, 95.0]])
+ROW_COUNTS = {"even": (3, 3), "uneven": (5, 2), "empty rank": (0, 6), "both empty": (0, 0)}
 
 
 def joined_batch(counts) -> dict[str, torch.Tensor]:
@@ -54,14 +60,24 @@ def part_of(batch: dict, rank: int) -> dict:
     return part | {"region_text_index": torch.searchsorted(used, batch["region_text_index"][mine])}
 
 
-def model_step(batch: dict, config: LossConfig) -> tuple[torch.Tensor, dict, dict]:
+def model_step(batch: dict, config: LossConfig, micro_batch_size: int = 0) -> tuple[torch.Tensor, dict, dict]:
     """This rank's share of the loss, its report, and the share's gradient for every parameter."""
     torch.manual_seed(0)
-    model = ClocModel(tiny(vocab_size=64, region_temperature="own"))
-    losses, report = cloc_losses(model(**batch), batch["boxes"], batch["image_index"], config)
-    share = sum(losses.values())
-    share.backward()
-    return share.detach(), report, {name: parameter.grad for name, parameter in model.named_parameters()}
+    bias = -2.0 if config.contrastive == "sigmoid" else None
+    model = ClocModel(tiny(vocab_size=64, region_temperature="own", logit_bias_init_value=bias))
+
+    def loss_of(output, boxes, image_index):
+        losses, report = cloc_losses(output, boxes, image_index, config)
+        share = sum(losses.values())
+        return share, {**report, "share": share.detach()}
+
+    if micro_batch_size:
+        parts = micro_batches(batch, micro_batch_size)
+        report = cached_backward(parts, lambda part: model(**part), loss_of, torch.Tensor.backward)
+    else:
+        share, report = loss_of(model(**batch), batch["boxes"], batch["image_index"])
+        share.backward()
+    return report.pop("share"), report, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def rows(counts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,10 +85,12 @@ def rows(counts) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(sum(counts), 6, generator=generator), torch.randn(sum(counts), 6, generator=generator)
 
 
-def contrast(a, b) -> tuple[torch.Tensor, ...]:
-    a, b, scale = a.clone().requires_grad_(), b.clone().requires_grad_(), torch.tensor(9.0, requires_grad=True)
-    loss, _ = contrastive_loss(a, b, scale, b, 0.3)
-    return (loss.detach(), *torch.autograd.grad(loss, [a, b, scale]))
+def contrast(a, b, sigmoid: bool) -> tuple[torch.Tensor, ...]:
+    """This rank's share, and the gradients of a, b, scale and bias."""
+    scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-4.0, requires_grad=True)
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    loss, _ = contrastive_loss(a, b, scale, 0.3, bias if sigmoid else None, block_size=3)
+    return (loss.detach(), *torch.autograd.grad(loss, [a, b, scale, bias], allow_unused=True, materialize_grads=True))
 
 
 def everything(rank: int) -> dict:
@@ -80,16 +98,19 @@ def everything(rank: int) -> dict:
     results = {}
     for name, counts in REGION_COUNTS.items():
         for config_name, config in CONFIGS.items():
-            results["model", name, config_name] = model_step(part_of(joined_batch(counts), rank), config)
+            for micro_batch_size in (0, 1):
+                part = part_of(joined_batch(counts), rank)
+                results["model", name, config_name, micro_batch_size] = model_step(part, config, micro_batch_size)
     for name, counts in ROW_COUNTS.items():
         start = sum(counts[:rank])
-        results["rows", name] = contrast(*(feat[start : start + counts[rank]] for feat in rows(counts)))
-        mine = torch.arange(start, start + counts[rank]).float()[:, None].requires_grad_()
-        gathered = distributed.gather_with_grad(mine, distributed.gather_counts(len(mine)))
-        ((1 + rank) * gathered.square().sum()).backward()
-        results["gather", name] = gathered.detach(), mine.grad
+        for sigmoid in (False, True):
+            results["rows", name, sigmoid] = contrast(*(feat[start : start + counts[rank]] for feat in rows(counts)), sigmoid)
+        mine = torch.arange(start, start + counts[rank]).float()[:, None]
+        gathered = distributed.gather(mine, distributed.gather_counts(len(mine)))
+        results["gather", name] = gathered, distributed.sum_to_owners((1 + rank) * gathered, list(counts))
     results["counts"] = distributed.gather_counts(10 + rank), distributed.rank(), distributed.world_size()
     results["sum"] = distributed.sum_over_ranks(torch.tensor([1.0 + rank, 10.0]))
+    results["logsumexp"] = distributed.logsumexp_over_ranks(LOGITS[rank].clone())
     return results
 
 
@@ -111,55 +132,59 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
+@pytest.mark.parametrize("micro_batch_size", [0, 1])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("counts", REGION_COUNTS)
-def test_two_processes_equal_one_on_the_joined_batch(ranks, counts, config):
+def test_two_processes_equal_one_on_the_joined_batch(ranks, counts, config, micro_batch_size):
+    """Also where each process runs its two images one after the other: the loss stays that of all four at once."""
     share, report, grads = model_step(joined_batch(REGION_COUNTS[counts]), CONFIGS[config])
-    parts = [rank["model", counts, config] for rank in ranks]
+    parts = [rank["model", counts, config, micro_batch_size] for rank in ranks]
     assert float(sum(part[0] for part in parts)) == pytest.approx(float(share), rel=1e-5)
     for key in report:
         if "loss" in key:
             assert float(sum(part[1][key] for part in parts)) == pytest.approx(float(report[key]), rel=1e-4, abs=1e-6), key
     for key in ("regions", "coverage"):
         assert [part[1].get(key) for part in parts] == [report[key]] * WORLD
-    masked = [part[1]["masked_fraction"] for part in parts]
-    weights = torch.tensor([sum(REGION_COUNTS[counts][:2]), sum(REGION_COUNTS[counts][2:])]).float()
-    mean = float((torch.tensor(masked) * weights).sum() / weights.sum().clamp(min=1))
-    assert mean == pytest.approx(report["masked_fraction"], abs=1e-6)
+    for part in parts:  # of all ranks' pairs, on every rank
+        assert float(part[1]["masked_fraction"]) == pytest.approx(float(report["masked_fraction"]), abs=1e-6)
     for name, expected in grads.items():
         parts_grad = [part[2][name] for part in parts]
         assert all(grad is not None for grad in parts_grad), f"{name} has no gradient on a rank: its reduction would hang"
         torch.testing.assert_close(sum(parts_grad), expected, rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("counts", ROW_COUNTS)
-def test_contrastive_shares_sum_to_the_loss_and_each_row_gets_its_gradient(ranks, counts):
-    expected = contrast(*rows(ROW_COUNTS[counts]))
-    parts = [rank["rows", counts] for rank in ranks]
+def test_contrastive_shares_sum_to_the_loss_and_each_row_gets_its_gradient(ranks, counts, sigmoid):
+    expected = contrast(*rows(ROW_COUNTS[counts]), sigmoid)
+    parts = [rank["rows", counts, sigmoid] for rank in ranks]
     torch.testing.assert_close(parts[0][0] + parts[1][0], expected[0], rtol=1e-5, atol=1e-6)
     for index in (1, 2):  # a and b: rows lie on their own rank
         torch.testing.assert_close(torch.cat([part[index] for part in parts]), expected[index], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(parts[0][3] + parts[1][3], expected[3], rtol=1e-4, atol=1e-6)
+    for index in (3, 4):  # scale and bias
+        torch.testing.assert_close(parts[0][index] + parts[1][index], expected[index], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("counts", ROW_COUNTS)
-def test_gather_keeps_rank_order_and_sums_the_gradients_of_all_users(ranks, counts):
-    total = sum(ROW_COUNTS[counts])
-    values = torch.arange(total).float()[:, None]
+def test_gather_keeps_rank_order_and_the_way_back_adds_up(ranks, counts):
+    values = torch.arange(sum(ROW_COUNTS[counts])).float()[:, None]
     for rank in ranks:
         assert torch.equal(rank["gather", counts][0], values)
-    # rank r uses (1 + r) * x**2: together 3 * x**2
-    assert torch.equal(torch.cat([rank["gather", counts][1] for rank in ranks]), 6 * values)
+    # rank r sends (1 + r) * x back: together 3 * x, each row to the rank that owns it
+    assert torch.equal(torch.cat([rank["gather", counts][1] for rank in ranks]), 3 * values)
 
 
 def test_counts_ranks_and_sums(ranks):
     assert [rank["counts"] for rank in ranks] == [([10, 11], 0, 2), ([10, 11], 1, 2)]
     assert all(rank["sum"].tolist() == [3.0, 20.0] for rank in ranks)
+    for rank in ranks:
+        torch.testing.assert_close(rank["logsumexp"], LOGITS.double().logsumexp(0).float())
 
 
 def test_one_process_needs_no_group():
     assert not dist.is_initialized()
     rows = torch.ones(3, 2, requires_grad=True)
-    assert distributed.gather_with_grad(rows, [3]) is rows and distributed.gather(rows, [3]) is rows
+    assert distributed.gather(rows, [3]) is rows and torch.equal(distributed.sum_to_owners(rows.detach(), [3]), rows)
     assert (distributed.rank(), distributed.world_size(), distributed.gather_counts(4)) == (0, 1, [4])
     assert torch.equal(distributed.sum_over_ranks(rows), rows.detach())
+    assert torch.equal(distributed.logsumexp_over_ranks(LOGITS), LOGITS)

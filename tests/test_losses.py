@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from encoder.config import tiny
 from encoder.errors import DataError
 from encoder.losses import LossConfig, bounded_scale, cloc_losses, grounding_loss
-from encoder.model import ClocOutput
+from encoder.model import ClocModel, ClocOutput
+from encoder.pretrained import export_clip, from_clip
 
 B, R, E = 4, 7, 6
 IMAGE_INDEX = torch.tensor([0, 0, 0, 2, 2, 3, 3])  # image 1 has no region
@@ -35,7 +37,7 @@ def naive_contrastive(a, b, scale, threshold=None):
     return total / count, masked
 
 
-def make_output(seed: int = 0, own: bool = False):
+def make_output(seed: int = 0, own: bool = False, biases: bool = False):
     """float32 features with repeated and nearly repeated region texts, as (leaf tensors, ClocOutput, boxes)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -55,9 +57,23 @@ def make_output(seed: int = 0, own: bool = False):
     }
     if own:
         leaves["region_logit_scale"] = torch.tensor(0.4)
+    if biases:
+        leaves |= {"logit_bias": torch.tensor(-1.5), "region_logit_bias": torch.tensor(-2.5)}
     leaves = {key: value.requires_grad_() for key, value in leaves.items()}
     output = ClocOutput(**{"region_logit_scale": leaves["logit_scale"], **leaves})
     return leaves, output, torch.rand(R, 4, generator=generator)
+
+
+def naive_sigmoid(a, b, scale, bias, threshold=None):
+    """SigLIP's loss in float64, one pair at a time; with a threshold, filtered pairs have no question to answer."""
+    count, total = len(a), 0.0
+    for i in range(count):
+        for j in range(count):
+            if i != j and threshold is not None and float(cosine(b[i].detach(), b[j].detach())) > threshold:
+                continue
+            logit = scale * cosine(a[i], b[j]) + bias
+            total = total + (1 + (-logit if i == j else logit).exp()).log()
+    return total / count
 
 
 def naive_total(leaves, boxes, config: LossConfig):
@@ -67,6 +83,10 @@ def naive_total(leaves, boxes, config: LossConfig):
     region_scale = torch.exp(x.get("region_logit_scale", x["logit_scale"])).clamp(max=config.max_logit_scale)
     clip, _ = naive_contrastive(x["image_feat"], x["text_feat"], scale)
     region, masked = naive_contrastive(x["region_feat"], x["region_text_feat"], region_scale, config.similar_text_threshold)
+    if config.contrastive == "sigmoid":
+        clip = naive_sigmoid(x["image_feat"], x["text_feat"], scale, x["logit_bias"])
+        texts, threshold = x["region_text_feat"], config.similar_text_threshold
+        region = naive_sigmoid(x["region_feat"], texts, region_scale, x["region_logit_bias"], threshold)
     grounding = 0.0
     for predicted, box in zip(x["predicted_boxes"], boxes.double(), strict=True):
         squared = sum((predicted[k] - box[k]) ** 2 for k in range(4))
@@ -85,11 +105,23 @@ def naive_total(leaves, boxes, config: LossConfig):
         (LossConfig(similar_text_threshold=None), False),
         (LossConfig(label_coverage=False, region_loss_weight=0.7, grounding_loss_weight=3.0), False),
         (LossConfig(grounding_norm="l2", similar_text_threshold=0.3), True),
+        (LossConfig(block_size=2), False),
+        (LossConfig(contrastive="sigmoid"), False),
+        (LossConfig(contrastive="sigmoid", similar_text_threshold=None, block_size=3), True),
     ],
-    ids=["default", "own temperature", "no filter", "weights", "l2 and a strong filter"],
+    ids=[
+        "default",
+        "own temperature",
+        "no filter",
+        "weights",
+        "l2 and a strong filter",
+        "blocks",
+        "sigmoid",
+        "sigmoid, no filter",
+    ],
 )
 def test_equals_the_double_loop_in_value_and_gradient(config, own):
-    leaves, output, boxes = make_output(own=own)
+    leaves, output, boxes = make_output(own=own, biases=config.contrastive == "sigmoid")
     losses, report = cloc_losses(output, boxes, IMAGE_INDEX, config)
     total = sum(losses.values())
     reference, terms = naive_total(leaves, boxes, config)
@@ -98,7 +130,7 @@ def test_equals_the_double_loop_in_value_and_gradient(config, own):
         assert float(report[f"{name}_loss"]) == pytest.approx(float(terms[name]), rel=1e-5)
     assert report["regions"] == R
     assert report["coverage"] == (3 / 4 if config.label_coverage else 1.0)
-    assert report["masked_fraction"] == pytest.approx(terms["masked"] / (R * (R - 1)))
+    assert float(report["masked_fraction"]) == pytest.approx(terms["masked"] / (R * (R - 1)))
     if config.similar_text_threshold == 0.9:
         assert terms["masked"] == 4  # the repeated pair and the near synonyms, in both directions
 
@@ -174,6 +206,33 @@ def test_scale_is_bounded_and_can_come_back():
 def test_contradictions_are_refused():
     with pytest.raises(DataError, match="grounding_norm is 'l1'; choose mse or l2"):
         LossConfig(grounding_norm="l1")
+    with pytest.raises(DataError, match="contrastive is 'hinge'; choose softmax or sigmoid"):
+        LossConfig(contrastive="hinge")
+    with pytest.raises(DataError, match="block_size is 0; a block has at least one row"):
+        LossConfig(block_size=0)
     for threshold in (0.0, 1.5, -1):
         with pytest.raises(DataError, match="similar_text_threshold is"):
             LossConfig(similar_text_threshold=threshold)
+
+
+def test_sigmoid_needs_a_model_with_biases_and_softmax_leaves_them_alone():
+    _, output, boxes = make_output()
+    with pytest.raises(DataError, match="contrastive is 'sigmoid' but the model has no bias"):
+        cloc_losses(output, boxes, IMAGE_INDEX, LossConfig(contrastive="sigmoid"))
+    _, with_biases, _ = make_output(biases=True)
+    one, two = (sum(cloc_losses(out, boxes, IMAGE_INDEX, LossConfig())[0].values()) for out in (output, with_biases))
+    assert torch.equal(one, two)
+
+
+def test_the_biases_are_parameters_that_are_saved_loaded_and_not_exported(tmp_path):
+    kept = ClocModel(tiny(vocab_size=64, logit_bias_init_value=-10))
+    assert kept.logit_bias == kept.region_logit_bias == -10 and ClocModel(tiny(vocab_size=64)).logit_bias is None
+    kept.logit_bias.data.fill_(-7.0)
+    kept.save_pretrained(tmp_path / "cloc")
+    assert float(ClocModel.from_pretrained(tmp_path / "cloc").logit_bias) == -7
+    ClocModel(tiny(vocab_size=64)).save_pretrained(tmp_path / "softmax")
+    continued = ClocModel.from_pretrained(tmp_path / "softmax", logit_bias_init_value=-10.0)
+    assert continued.logit_bias == continued.region_logit_bias == -10
+    export_clip(kept, tmp_path / "clip")
+    assert from_clip(tmp_path / "clip", logit_bias_init_value=-10.0).logit_bias == -10
+    assert from_clip(tmp_path / "clip").logit_bias is None
