@@ -163,7 +163,7 @@ class ClocModel(CLIPModel):
         image = self.encode_image(pixel_values)
         text_feat = self.encode_text(input_ids, attention_mask)
         region_scale = self.logit_scale if self.region_logit_scale is None else self.region_logit_scale
-        # As scalars, whatever shape the engine trains them in (see encoder.pretraining.reshape_scalars).
+        # As scalars, whatever shape the engine trains them in (see encoder.engine.reshape_scalars).
         scalars = [self.logit_scale.reshape(()), region_scale.reshape(())]
         if self.logit_bias is not None:
             scalars += [self.logit_bias.reshape(()), self.region_logit_bias.reshape(())]
