@@ -54,10 +54,11 @@ def averaged_weights(engine) -> dict[str, Tensor]:
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    # DeepSpeed connects parameters and state at the first step; a run that was loaded at its end takes none.
-    connect = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if connect is not None:
-        connect()
+    if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed 0.19 connects parameters and state once, after the first group's first step: the other groups have no
+        # state then, and a run that was loaded at its end takes no step at all.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     averages = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
