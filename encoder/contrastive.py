@@ -47,7 +47,8 @@ def contrastive_loss(
         loss_sum, masked = _Softmax.apply(a_nE, b_nE, scale, counts, threshold, block_size)
     else:
         loss_sum, masked = _Sigmoid.apply(a_nE, b_nE, scale, logit_bias.float(), counts, threshold, block_size)
-    masked_fraction = sum_over_ranks(masked) / max(1, total * (total - 1))
+    masked = masked if threshold is None else sum_over_ranks(masked)
+    masked_fraction = masked / max(1, total * (total - 1))
     return loss_sum / max(1, total), {"count": total, "masked_fraction": masked_fraction}
 
 
