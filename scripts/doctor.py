@@ -121,9 +121,13 @@ def estimate(recipe: str, flags: list[str], processes: int, tflops: float | None
     seconds = flops / (speed * 1e12 * EFFICIENCY)
     whole = f", {timedelta(seconds=round(seconds * steps))} for {steps:,} steps" if steps else ""
     rows += [
-        ("arithmetic", f"{flops / 1e12:,.2f} TFLOP a step and process", ""),
-        ("speed", f"{speed:,.2f} TFLOP/s", "as stated" if tflops else f"a matrix product in {config.precision} here, measured"),
-        ("time", f"{seconds:.3g} s a step{whole}", f"at {EFFICIENCY:.0%} of that speed, with data that is never waited for"),
+        ("arithmetic", f"{number(flops / 1e12)} TFLOP a step and process", ""),
+        (
+            "speed",
+            f"{number(speed)} TFLOP/s",
+            "as stated" if tflops else f"a matrix product in {config.precision} here, measured",
+        ),
+        ("time", f"{number(seconds)} s a step{whole}", f"at {EFFICIENCY:.0%} of that speed, with data that is never waited for"),
     ]
     return rows
 
@@ -147,6 +151,9 @@ def encoder_rows(config, loss_config, processes: int, memory: float | None) -> t
     each = cost.activation_bytes(config.gradient_checkpointing)
     what = "images" if config.objective == "clip" else f"images with {config.max_boxes} regions"
     rows = memory_rows(model, fixed, each, micro, what, memory, config.ema_decay > 0)
+    kept = costs.state_bytes(model, config.zero_stage, 1, config.ema_decay > 0)
+    size = (kept["weights"] + kept["optimizer"]) / GIB
+    rows.append(("checkpoint", f"{size:,.3f} GiB", "two are kept, and a third while it is written"))
     flops = share * (cost.flops(config.gradient_checkpointing) + (cost.forward_flops if micro < share else 0))
     return rows, flops + costs.contrastive_flops(model, config, processes), config.steps
 
@@ -188,6 +195,11 @@ def memory_rows(model, fixed: dict, each: int, micro: int, what: str, memory: fl
     if needed >= 0.9 * memory:
         verdict += f": {max(0, int(0.9 * room // each))} at a time would; else recompute, or raise the ZeRO stage"
     return [*rows, ("together", f"{needed:,.2f} of {memory:,.0f} GiB", verdict)]
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def print_table(rows: list[Row]) -> None:
