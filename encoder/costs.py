@@ -199,7 +199,7 @@ def contrastive_flops(model: ClocModel, config: PretrainConfig, processes: int) 
     return LOSS_PRODUCTS * 2 * rows * model.config.projection_dim // processes
 
 
-def gathered_bytes(model: ClocModel, config: PretrainConfig) -> int:
-    """Of the features of all processes, images and texts, values and gradients, in float32."""
+def loss_bytes(model: ClocModel, config: PretrainConfig, loss_config: LossConfig) -> int:
+    """Of the features of all processes, images and texts, values and gradients, in float32, and of the blocks of logits."""
     rows = config.batch_size * (1 + (config.max_boxes if config.objective == "cloc" else 0))
-    return rows * model.config.projection_dim * 2 * 2 * 4
+    return rows * model.config.projection_dim * 2 * 2 * 4 + 16 * min(loss_config.block_size, rows) ** 2

@@ -118,6 +118,7 @@ def estimate(recipe: str, flags: list[str], processes: int, tflops: float | None
         config = build(PretrainConfig, values)
         rows, flops, steps = encoder_rows(config, build(LossConfig, values), processes, memory)
     speed = tflops or measured_tflops(config.precision)
+    source = "as stated" if tflops else f"a matrix product in {config.precision} here, measured"
     seconds = flops / (speed * 1e12 * EFFICIENCY)
     whole = f", {timedelta(seconds=round(seconds * steps))} for {steps:,} steps" if steps else ""
     rows += [
@@ -147,7 +148,7 @@ def encoder_rows(config, loss_config, processes: int, memory: float | None) -> t
     model = costs.meta_encoder(config, loss_config)
     cost = costs.encoder_cost(model, config)
     states = costs.state_bytes(model, config.zero_stage, processes, config.ema_decay > 0)
-    fixed = {**states, "features of all": costs.gathered_bytes(model, config)}
+    fixed = {**states, "loss": costs.loss_bytes(model, config, loss_config)}
     each = cost.activation_bytes(config.gradient_checkpointing)
     what = "images" if config.objective == "clip" else f"images with {config.max_boxes} regions"
     rows = memory_rows(model, fixed, each, micro, what, memory, config.ema_decay > 0)
@@ -184,6 +185,7 @@ def memory_rows(model, fixed: dict, each: int, micro: int, what: str, memory: fl
     kind = next(model.parameters()).dtype
     rows = [("model", f"{count / 1e6:,.2f} M parameters", f"{sum(trained) / 1e6:,.2f} M learn, {str(kind).split('.')[1]}")]
     notes = {"optimizer": "AdamW's moments, a float32 copy under ZeRO and bf16" + (", the running average" if ema else "")}
+    notes["loss"] = "the features of all processes, and blocks of logits"
     rows += [(name, f"{size / GIB:,.3f} GiB", notes.get(name, "")) for name, size in fixed.items()]
     rows.append(("activations", f"{micro * each / GIB:,.3f} GiB", f"{micro} {what} at a time, {each / 2**20:.3g} MiB each"))
     if memory is None and torch.cuda.is_available():
