@@ -79,21 +79,21 @@ def recompute_layers(model: ClocModel) -> None:
     enable()
 
 
-def compile_layers(model: nn.Module, device: torch.device) -> bool:
+def compile_layers(model: nn.Module, device: torch.device, backend: str = "inductor") -> bool:
     """Compiles the layers of the towers and the Prompter, each by itself; whether it did.
 
     Where nothing can be compiled, tried on a sum, it says why and leaves them. Layer by layer, equal layers are compiled
     once, and the loss and its gathers over ranks stay as they are.
     """
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
         if rank() == 0:
             print(f"compile: torch.compile does not work here ({reason(error)}); training goes on without it", flush=True)
         return False
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile()
+            module.compile(backend=backend)
     return True
 
 

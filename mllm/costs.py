@@ -43,9 +43,9 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     tower = getattr(tower, "vision_config", tower)
     layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
     if config.llm_preset:
-        sizes = {"image_seq_length": (tower.image_size // tower.patch_size) ** 2, "vision_feature_layer": layer}
-        llm_config = nano_llm_config(config, config.vocab_size)
-        return LlavaForConditionalGeneration(LlavaConfig(tower, llm_config, projector_hidden_act="gelu", **sizes))
+        parts = {"vision_config": tower, "text_config": nano_llm_config(config, config.vocab_size)}
+        tokens = (tower.image_size // tower.patch_size) ** 2
+        return LlavaForConditionalGeneration(LlavaConfig(**parts, image_seq_length=tokens, vision_feature_layer=layer))
     _read_json(Path(config.llm) / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     add_image_token(tokenizer)

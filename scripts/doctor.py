@@ -123,11 +123,7 @@ def estimate(recipe: str, flags: list[str], processes: int, tflops: float | None
     whole = f", {timedelta(seconds=round(seconds * steps))} for {steps:,} steps" if steps else ""
     rows += [
         ("arithmetic", f"{number(flops / 1e12)} TFLOP a step and process", ""),
-        (
-            "speed",
-            f"{number(speed)} TFLOP/s",
-            "as stated" if tflops else f"a matrix product in {config.precision} here, measured",
-        ),
+        ("speed", f"{number(speed)} TFLOP/s", source),
         ("time", f"{number(seconds)} s a step{whole}", f"at {EFFICIENCY:.0%} of that speed, with data that is never waited for"),
     ]
     return rows

@@ -47,7 +47,7 @@ def real_flops(model, rows: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("train", [["projector"], ["projector", "llm", "tower"]])
 def test_a_preset_and_what_of_it_learns(world, preset, train):
-    fields = recipe(world, train=["projector", "llm"], vocab_size=len(preset.tokenizer), max_length=64)
+    fields = recipe(world, train=["projector", "llm"], vocab_size=len(preset.tokenizer), max_length=32)
     config = MllmConfig(**fields)
     config.train = train  # a preset that does not learn is refused, and costs the same as a model that was loaded
     model = meta_mllm(config)
@@ -56,7 +56,7 @@ def test_a_preset_and_what_of_it_learns(world, preset, train):
     learned = [{name for name, parameter in m.named_parameters() if parameter.requires_grad} for m in (model, preset.model)]
     assert learned[0] == learned[1]
     cost = mllm_cost(model, config)
-    forward, backward = real_flops(preset.model, 64)
+    forward, backward = real_flops(preset.model, 32)
     assert cost.forward_flops == pytest.approx(forward, rel=0.02)
     assert cost.backward_flops == pytest.approx(backward, rel=0.05)
 
