@@ -91,6 +91,9 @@ def compile_layers(model: nn.Module, device: torch.device, backend: str = "induc
         if rank() == 0:
             print(f"compile: torch.compile does not work here ({reason(error)}); training goes on without it", flush=True)
         return False
+    # All kinds of layers share one wrapper's code, and each is compiled for no, one and any number of regions, with and
+    # without gradient: past the default limit of 8 the rest would quietly stay as it is.
+    torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(backend=backend)
