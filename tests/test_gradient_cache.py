@@ -26,7 +26,6 @@ ENGINES = {  # name: (fields of PretrainConfig, LossConfig); each is run at once
     "zero2": ({"zero_stage": 2}, SIGMOID),
     "zero3": ({"zero_stage": 3}, SOFTMAX),
     "zero1 bf16": ({"zero_stage": 1, "precision": "bf16"}, SOFTMAX),
-    "zero2 bf16": ({"zero_stage": 2, "precision": "bf16"}, SOFTMAX),
 }
 STEPS = 3
 
