@@ -80,5 +80,7 @@ class PretrainConfig:
         for key in ("ema_decay", "patch_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise DataError(f"{key} is {getattr(self, key)}; give 0 (off) or a share below 1")
+        if self.ema_decay and self.zero_stage == 0 and self.precision == "bf16":
+            raise DataError("ema_decay is given with zero_stage 0, where bf16 keeps no state to average; choose 1, 2 or 3")
         if self.compile and self.zero_stage == 3:
             raise DataError("compile is true with zero_stage 3, whose weights come and go within a layer; choose 0, 1 or 2")

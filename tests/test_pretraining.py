@@ -61,10 +61,11 @@ SINGLE = {  # runs of one process, by name
     "bf16": BF16,
     "bf16_first_half": {**BF16, "output": "bf16_halves"},
     "bf16_second_half": {**BF16, "output": "bf16_halves"},
+    "bf16_at_its_end": {**BF16, "output": "bf16_halves"},
     "dropped": DROPPED,
     "overfit": {"shards": "few", "batch_size": 8, "steps": 120, "learning_rate": 3e-3, "weight_decay": 0.0, "log_every": 10},
     "from_clip": {"init": "clip/model", "steps": 3, "prompter_readout": "prompt"},
-    "from_cloc": {"init": "cloc/model", "steps": 3},
+    "from_cloc": {"init": "cloc/model", "steps": 3, "zero_stage": 0, "ema_decay": 0.5},
 }
 DOUBLE = {
     "zero2": {"zero_stage": 2, "ema_decay": 0.9},
@@ -100,6 +101,9 @@ def do_runs(rank: int, world: int, port: int, root: str, runs: dict) -> None:
             checkpoints = Path(config.output, "checkpoints")
             shutil.rmtree(checkpoints / "step_00000012")
             (checkpoints / "latest").write_text("step_00000006")
+        if name == "bf16_at_its_end":  # as if it was killed after the last step, before the models were written
+            for folder in ("model", "model_ema"):
+                shutil.rmtree(Path(config.output, folder))
         script["train"](RegionDataset(config.shards, progress=False), config, loss_config)
     if world > 1:
         train_on_a_poisoned_batch(script["make_model"], rank, world)
@@ -240,6 +244,9 @@ def test_the_average_lies_behind_the_weights(single, root):
     assert len(moved) > 0.9 * len(weights)
     assert max(float((weights[name] - average[name]).abs().max()) for name in weights) < 0.02
     assert not (root / "clip" / "model_ema").exists()
+    plain, behind, start = weights_of(root / "from_cloc"), weights_of(root / "from_cloc", "model_ema"), weights
+    name = "prompter.layer.q_proj.weight"  # without ZeRO: three steps from a CLOC, the average on its way
+    assert 0 < float((behind[name] - start[name]).norm()) < float((plain[name] - start[name]).norm())
 
 
 @pytest.mark.parametrize("run", ["zero2_dropped", "zero3_dropped"])
@@ -319,7 +326,7 @@ def test_starts_from_clip_and_from_cloc(single, root):
 
 def test_a_checkpoint_of_another_configuration_is_refused(single, root):
     """Before any weight is loaded: no engine is needed to find out."""
-    config = PretrainConfig(**{**RUN, "shards": "elsewhere", "output": str(root / "cloc")})
+    config = PretrainConfig(**{**RUN, "shards": "elsewhere", "output": str(root / "cloc"), "ema_decay": 0.9})
     identity = {**asdict(config), **{f"loss.{key}": value for key, value in asdict(LossConfig(**LOSS)).items()}}
     for change, sentence in (
         ({"learning_rate": 2e-3}, r"made with learning_rate = 0.0003, this run has 0.002; choose another output folder"),
@@ -353,6 +360,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(single, root):
         (["--shards", "train", "--similar_text_threshold", "2"], "error: LossConfig.similar_text_threshold is 2.0"),
         (["recipe.yaml", "--shards", "train"], "error: recipe recipe.yaml: field 'learning_rat' is not known; did you mean"),
         (["--shards", "train", "--ema_decay", "1"], "error: ema_decay is 1.0; give 0 (off) or a share below 1"),
+        (["--shards", "train", "--ema_decay", "0.9", "--zero_stage", "0"], "error: ema_decay is given with zero_stage 0, where"),
         (["--shards", "train", "--compile", "true", "--zero_stage", "3"], "error: compile is true with zero_stage 3, whose"),
         (["--output", "x"], "error: 'shards' is not given; set it in the recipe or with --shards"),
     ],
