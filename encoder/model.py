@@ -163,7 +163,7 @@ class RegionEncoder:
     def _logit_parameters(self) -> dict[str, Tensor]:
         """Scale, and bias if there is one, of both losses: scalars, whatever shape the engine trains them in.
 
-        (See encoder.pretraining.reshape_scalars.)
+        (See encoder.engine.reshape_scalars.)
         """
         logits = {}
         for name in ("logit_scale", "logit_bias"):

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoder.config import RegionConfig
 
@@ -29,7 +30,7 @@ def sinusoids(coordinates: Tensor, width: int, min_frequency: float, max_frequen
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-class PromptLayer(nn.Module):
+class PromptLayer(GradientCheckpointingLayer):
     """A pre-LN, single-head CLIP encoder layer over [prompt tokens, image tokens], factored over the prompts of an image."""
 
     def __init__(self, config: RegionConfig):

@@ -102,26 +102,28 @@ def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     texts = (text for path in config.tokenizer_data or config.data for text in texts_of(path))
     proto = train_sentencepiece(texts, config.vocab_size)
     tokenizer = fast_tokenizer(proto, config.max_length)
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.llm_width,
-            intermediate_size=int(config.llm_width * config.llm_mlp_ratio),
-            num_hidden_layers=config.llm_layers,
-            num_attention_heads=config.llm_heads,
-            num_key_value_heads=config.llm_heads,
-            max_position_embeddings=config.max_length,
-            tie_word_embeddings=False,
-            # Llama's 0.02 suits its width of 4096. At this width it leaves attention a hundredth of the residual stream.
-            initializer_range=config.llm_width**-0.5,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            attn_implementation=config.attention,
-        )
-    )
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    llm = LlamaForCausalLM(nano_llm_config(config, len(tokenizer), **ids))
     nn.init.normal_(llm.get_input_embeddings().weight, std=config.embedding_std)
     return llm, tokenizer, proto
+
+
+def nano_llm_config(config: MllmConfig, vocab_size: int, **token_ids: int) -> LlamaConfig:
+    """The preset's language model, before its tokenizer is there if need be."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.llm_width,
+        intermediate_size=int(config.llm_width * config.llm_mlp_ratio),
+        num_hidden_layers=config.llm_layers,
+        num_attention_heads=config.llm_heads,
+        num_key_value_heads=config.llm_heads,
+        max_position_embeddings=config.max_length,
+        tie_word_embeddings=False,
+        # Llama's 0.02 suits its width of 4096. At this width it leaves attention a hundredth of the residual stream.
+        initializer_range=config.llm_width**-0.5,
+        attn_implementation=config.attention,
+        **token_ids,
+    )
 
 
 def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, None]:

@@ -18,6 +18,7 @@ if not sys.stderr.isatty():
 
 from encoder.arguments import add_fields  # noqa: E402
 from encoder.errors import run_main  # noqa: E402
+from encoder.launch import slurm_environment  # noqa: E402
 from mllm.config import MllmConfig, load_config  # noqa: E402
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
     add_fields(parser, MllmConfig, "fields of the recipe")
     flags = vars(parser.parse_args())
+    os.environ |= slurm_environment(os.environ)
     recipe, local_rank = flags.pop("recipe"), flags.pop("local_rank")
     config = load_config(recipe, flags)
     # Slow to import; a mistake in the recipe is told before.

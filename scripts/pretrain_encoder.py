@@ -2,6 +2,7 @@
 
     python scripts/pretrain_encoder.py scripts/recipes/nano_encoder.yaml --shards DIR --output DIR
     deepspeed --num_gpus 8 scripts/pretrain_encoder.py RECIPE --shards DIR --output DIR
+    sbatch scripts/slurm/pretrain.sbatch RECIPE --shards DIR --output DIR
 
 Any field of the recipe is also a flag. The same command again goes on from the last checkpoint.
 """
@@ -26,13 +27,17 @@ from encoder.data.batches import RegionBatches
 from encoder.data.cache import ShardCache
 from encoder.data.reader import BrokenRecords, RegionDataset
 from encoder.distributed import choose_backend, rank, world_size
+from encoder.engine import reshape_scalars
 from encoder.errors import DataError, run_main
 from encoder.export import export_clip
 from encoder.from_clip import from_clip
+from encoder.launch import slurm_environment
 from encoder.losses import LossConfig
 from encoder.model import ADDED, ClocModel
+from encoder.optimizer import averaged_weights
 from encoder.pretrained import WHOLE, folder_kind, load_processor
-from encoder.pretraining import PretrainConfig, pretrain, reshape_scalars
+from encoder.pretraining import pretrain
+from encoder.pretraining_config import PretrainConfig
 from encoder.processor import ClocImageProcessor, ClocProcessor
 from encoder.tokenizer import train_text_tokenizer
 
@@ -55,7 +60,8 @@ def parse_arguments() -> tuple[PretrainConfig, LossConfig]:
 
 
 def start_process_group() -> None:
-    """Joins the launcher's group; under plain `python`, makes a group of one on a free port of this machine."""
+    """Joins the group of the launcher or of SLURM; under plain `python`, makes one of its own on a free port of this machine."""
+    os.environ |= slurm_environment(os.environ)
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -108,20 +114,29 @@ def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionD
 
 
 def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, config: PretrainConfig, loss_config: LossConfig):
-    """The trained model as a CLOC folder, or for the CLIP objective as a stock CLIP folder."""
-    folder = Path(config.output) / "model"
-    model = engine.module
+    """The trained model as a CLOC folder, or for the CLIP objective as a stock CLIP folder; its average beside it."""
+    model, output = engine.module, Path(config.output)
+    averages = averaged_weights(engine) if config.ema_decay else {}
+    record = {**asdict(config), "loss": asdict(loss_config), "world_size": world_size()}
+
+    def save(folder: Path) -> None:
+        if config.objective == "cloc":
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        else:
+            export_clip(model, folder, processor)
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=config.zero_stage == 3):
         if rank() == 0:
             reshape_scalars(model, model.scalar_shape)
-            if config.objective == "cloc":
-                model.save_pretrained(folder)
-                processor.save_pretrained(folder)
-            else:
-                export_clip(model, folder, processor)
-            record = {**asdict(config), "loss": asdict(loss_config), "world_size": world_size()}
-            (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-            print(f"done: {config.steps} steps, the {config.objective} encoder is in {folder}", flush=True)
+            save(output / "model")
+            if averages:
+                for name, parameter in model.named_parameters():
+                    if name in averages:
+                        parameter.data.copy_(averages[name].reshape(parameter.shape))
+                save(output / "model_ema")
+            print(f"done: {config.steps} steps, the {config.objective} encoder is in {output / 'model'}", flush=True)
 
 
 def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfig) -> None:

@@ -143,7 +143,9 @@ def test_regions_and_texts_follow_their_images_in_any_order(batch):
 
 def run_engines(rank: int, port: int, folder: str, shards: str, processor) -> None:
     """A few steps with each engine, at once and in micro batches of one of the two images."""
-    from encoder.pretraining import PretrainConfig, make_engine, train_step
+    from encoder.engine import make_engine
+    from encoder.pretraining import train_step
+    from encoder.pretraining_config import PretrainConfig
 
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -204,7 +206,8 @@ def test_an_engine_takes_the_same_steps(engines, name):
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused(tiny_model):
-    from encoder.pretraining import PretrainConfig, make_engine
+    from encoder.engine import make_engine
+    from encoder.pretraining_config import PretrainConfig
 
     config = PretrainConfig(shards="x", output="y", batch_size=8, micro_batch_size=3)
     with pytest.raises(DataError, match="micro_batch_size 3 does not divide the 8 images of a process; choose a divisor"):

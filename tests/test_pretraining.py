@@ -5,6 +5,7 @@ one spawn of two does ZeRO-2 and ZeRO-3, and only the kill and the launcher star
 """
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -29,7 +30,8 @@ from encoder.data.reader import RegionDataset
 from encoder.errors import DataError
 from encoder.losses import LossConfig
 from encoder.pretrained import load_encoder, load_processor
-from encoder.pretraining import PretrainConfig
+from encoder.pretraining import pretrain
+from encoder.pretraining_config import PretrainConfig
 
 # Minutes on a machine that is busy with other work, seconds on one that is not.
 pytestmark = pytest.mark.timeout(1800)
@@ -49,17 +51,29 @@ RUN = {
 }
 # At the default, 0.9, the few texts here are soon all alike to the filter, and no pair is left to compare.
 LOSS = {"similar_text_threshold": 0.999}
+# All that has a state or a draw of its own, for the exact resume.
+BF16 = {"precision": "bf16", "steps": 12, "ema_decay": 0.9, "patch_dropout": 0.25, "gradient_checkpointing": True}
+# The temperature starts at 14.3, above this ceiling.
+DROPPED = {"steps": 6, "patch_dropout": 0.25, "loss": {"max_logit_scale": 10.0}}
 SINGLE = {  # runs of one process, by name
-    "cloc": {},
+    "cloc": {"ema_decay": 0.9},
     "clip": {"objective": "clip", "steps": 6},
-    "bf16": {"precision": "bf16", "steps": 12},
-    "bf16_first_half": {"precision": "bf16", "steps": 12, "output": "bf16_halves"},
-    "bf16_second_half": {"precision": "bf16", "steps": 12, "output": "bf16_halves"},
+    "bf16": BF16,
+    "bf16_first_half": {**BF16, "output": "bf16_halves"},
+    "bf16_second_half": {**BF16, "output": "bf16_halves"},
+    "bf16_at_its_end": {**BF16, "output": "bf16_halves"},
+    "dropped": DROPPED,
     "overfit": {"shards": "few", "batch_size": 8, "steps": 120, "learning_rate": 3e-3, "weight_decay": 0.0, "log_every": 10},
     "from_clip": {"init": "clip/model", "steps": 3, "prompter_readout": "prompt"},
-    "from_cloc": {"init": "cloc/model", "steps": 3},
+    "from_cloc": {"init": "cloc/model", "steps": 3, "zero_stage": 0, "ema_decay": 0.5},
 }
-DOUBLE = {"zero2": {"zero_stage": 2}, "zero3": {"zero_stage": 3}}
+DOUBLE = {
+    "zero2": {"zero_stage": 2, "ema_decay": 0.9},
+    "zero3": {"zero_stage": 3, "ema_decay": 0.9},
+    "zero2_dropped": {**DROPPED, "zero_stage": 2},
+    "zero3_dropped": {**DROPPED, "zero_stage": 3, "gradient_checkpointing": True},
+}
+POISONED_STEP, POISONED_RANK = 3, 1
 
 
 def free_port() -> int:
@@ -72,18 +86,48 @@ def do_runs(rank: int, world: int, port: int, root: str, runs: dict) -> None:
     """In a process of its own: the script's own functions, one run after the other."""
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if world > 1:  # as tasks of SLURM's srun
+        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": world, "SLURM_JOB_ID": 1,
+                       "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     os.environ |= {key: str(value) for key, value in environment.items()}
     os.chdir(root)
     script = runpy.run_path(str(SCRIPT))
     script["start_process_group"]()
     for name, fields in runs.items():
+        loss_config = LossConfig(**{**LOSS, **fields.get("loss", {})})
+        fields = {key: value for key, value in fields.items() if key != "loss"}
         config = PretrainConfig(**{**RUN, "shards": "train", "output": name, **fields})
         if name == "bf16_second_half":  # forget what came after the first half, as a kill does
             checkpoints = Path(config.output, "checkpoints")
             shutil.rmtree(checkpoints / "step_00000012")
             (checkpoints / "latest").write_text("step_00000006")
-        script["train"](RegionDataset(config.shards, progress=False), config, LossConfig(**LOSS))
+        if name == "bf16_at_its_end":  # as if it was killed after the last step, before the models were written
+            for folder in ("model", "model_ema"):
+                shutil.rmtree(Path(config.output, folder))
+        script["train"](RegionDataset(config.shards, progress=False), config, loss_config)
+    if world > 1:
+        train_on_a_poisoned_batch(script["make_model"], rank, world)
     torch.distributed.destroy_process_group()
+
+
+def train_on_a_poisoned_batch(make_model, rank: int, world: int) -> None:
+    """A run in which one pixel of one rank is no number in one step; its error goes to poisoned/RANK.txt."""
+
+    class Poisoned(RegionBatches):
+        def __getitem__(self, step):
+            batch = super().__getitem__(step)
+            if step == POISONED_STEP and rank == POISONED_RANK:
+                batch["pixel_values"][0, 0, 0, 0] = float("nan")
+            return batch
+
+    config = PretrainConfig(**{**RUN, "shards": "train", "output": "poisoned", "log_every": 10, "save_every": 2})
+    dataset = RegionDataset(config.shards, progress=False)
+    model, processor = make_model(config, LossConfig(**LOSS), dataset)
+    batches = Poisoned(dataset, processor, config.batch_size, rank=rank, world_size=world)
+    try:
+        pretrain(model, processor, batches, config, LossConfig(**LOSS))
+    except DataError as error:
+        Path("poisoned", f"{rank}.txt").write_text(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +166,8 @@ def log_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
-def weights_of(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "model.safetensors")
+def weights_of(output: Path, folder: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(output / folder / "model.safetensors")
 
 
 def assert_same_weights(a: dict, b: dict) -> None:
@@ -132,11 +176,17 @@ def assert_same_weights(a: dict, b: dict) -> None:
     assert not different, f"{len(different)} of {len(a)} parameters differ, {different[:3]}"
 
 
+def assert_close_weights(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def assert_same_losses(run: Path, reference: Path, tolerance: float) -> None:
     ours, theirs = log_of(run), log_of(reference)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, len(theirs) + 1))
     for a, b in zip(ours, theirs, strict=True):
-        for key in ("loss", "clip_loss", "region_loss", "grounding_loss", "logit_scale", "lr"):
+        for key in ("loss", "clip_loss", "region_loss", "grounding_loss", "logit_scale", "lr", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
 
 
@@ -164,9 +214,10 @@ def test_killed_and_started_again_equals_the_uninterrupted_run(single, root):
     assert len(list((output / "checkpoints").glob("step_*"))) == 2
 
 
-def test_bf16_resumes_bit_equal_too(single, root):
-    assert_same_weights(weights_of(root / "bf16_halves"), weights_of(root / "bf16"))
-    assert all(tensor.dtype == torch.bfloat16 for tensor in weights_of(root / "bf16").values())
+@pytest.mark.parametrize("folder", ["model", "model_ema"])
+def test_bf16_with_an_average_and_dropped_patches_resumes_bit_equal_too(single, root, folder):
+    assert_same_weights(weights_of(root / "bf16_halves", folder), weights_of(root / "bf16", folder))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights_of(root / "bf16", folder).values())
 
 
 def test_the_deepspeed_launcher_on_two_processes_equals_one(single, root):
@@ -178,13 +229,48 @@ def test_the_deepspeed_launcher_on_two_processes_equals_one(single, root):
     assert json.loads((output / "model" / "training.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize("stage", DOUBLE)
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_two_processes_with_zero_equal_one(single, double, root, stage):
     assert_same_losses(root / stage, root / "cloc", 1e-5)
-    ours, theirs = weights_of(root / stage), weights_of(root / "cloc")
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close_weights(weights_of(root / stage), weights_of(root / "cloc"))
+    assert_close_weights(weights_of(root / stage, "model_ema"), weights_of(root / "cloc", "model_ema"))
+
+
+def test_the_average_lies_behind_the_weights(single, root):
+    """As a model of its own that loads, near the weights and not the same."""
+    weights, average = weights_of(root / "cloc"), weights_of(root / "cloc", "model_ema")
+    assert type(load_encoder(root / "cloc" / "model_ema")) is ClocModel and weights.keys() == average.keys()
+    moved = [name for name in weights if not torch.equal(weights[name], average[name])]
+    assert len(moved) > 0.9 * len(weights)
+    assert max(float((weights[name] - average[name]).abs().max()) for name in weights) < 0.02
+    assert not (root / "clip" / "model_ema").exists()
+    plain, behind, start = weights_of(root / "from_cloc"), weights_of(root / "from_cloc", "model_ema"), weights
+    name = "prompter.layer.q_proj.weight"  # without ZeRO: three steps from a CLOC, the average on its way
+    assert 0 < float((behind[name] - start[name]).norm()) < float((plain[name] - start[name]).norm())
+
+
+@pytest.mark.parametrize("run", ["zero2_dropped", "zero3_dropped"])
+def test_dropped_patches_recomputed_layers_and_the_ceiling_on_two_processes(single, double, root, run):
+    """The same patches are dropped on any number of ranks, and the temperature is held, where it is sharded too."""
+    assert_same_losses(root / run, root / "dropped", 1e-5)
+    assert_close_weights(weights_of(root / run), weights_of(root / "dropped"))
+    ceiling = math.log(DROPPED["loss"]["max_logit_scale"])
+    scale = float(weights_of(root / run)["logit_scale"])
+    assert ceiling - 6 * RUN["learning_rate"] <= scale <= ceiling + 1e-6
+    assert log_of(root / "dropped")[0]["loss"] != log_of(root / "cloc")[0]["loss"]
+
+
+def test_a_number_that_is_none_names_step_rank_and_records(double, root, tiny_processor):
+    sentences = {(root / "poisoned" / f"{rank}.txt").read_text() for rank in range(2)}
+    assert len(sentences) == 1
+    sentence = sentences.pop()
+    dataset = RegionDataset(root / "train", progress=False)
+    records = RegionBatches(dataset, tiny_processor, RUN["batch_size"]).indices(POISONED_STEP)[2:]
+    names = [f"rank 1: train/{Path(dataset.where(index)).name}" for index in records]
+    assert f"step 3: a feature of rank 1 is nan or infinite; the batch was 2 records ({'; '.join(names)})" in sentence
+    assert (root / "poisoned" / "not_finite.txt").read_text().splitlines() == ["step 3", *names]
+    # Found before step 4 was saved, and long before the next log line.
+    assert (root / "poisoned" / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
 def test_those_runs_had_regions_unevenly_spread(root, tiny_processor):
@@ -240,7 +326,7 @@ def test_starts_from_clip_and_from_cloc(single, root):
 
 def test_a_checkpoint_of_another_configuration_is_refused(single, root):
     """Before any weight is loaded: no engine is needed to find out."""
-    config = PretrainConfig(**{**RUN, "shards": "elsewhere", "output": str(root / "cloc")})
+    config = PretrainConfig(**{**RUN, "shards": "elsewhere", "output": str(root / "cloc"), "ema_decay": 0.9})
     identity = {**asdict(config), **{f"loss.{key}": value for key, value in asdict(LossConfig(**LOSS)).items()}}
     for change, sentence in (
         ({"learning_rate": 2e-3}, r"made with learning_rate = 0.0003, this run has 0.002; choose another output folder"),
@@ -273,6 +359,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(single, root):
         (["--shards", "train", "--init", "nowhere"], "error: nowhere/config.json does not exist"),
         (["--shards", "train", "--similar_text_threshold", "2"], "error: LossConfig.similar_text_threshold is 2.0"),
         (["recipe.yaml", "--shards", "train"], "error: recipe recipe.yaml: field 'learning_rat' is not known; did you mean"),
+        (["--shards", "train", "--ema_decay", "1"], "error: ema_decay is 1.0; give 0 (off) or a share below 1"),
+        (["--shards", "train", "--ema_decay", "0.9", "--zero_stage", "0"], "error: ema_decay is given with zero_stage 0, where"),
+        (["--shards", "train", "--compile", "true", "--zero_stage", "3"], "error: compile is true with zero_stage 3, whose"),
         (["--output", "x"], "error: 'shards' is not given; set it in the recipe or with --shards"),
     ],
 )

@@ -144,6 +144,11 @@ class RegionDataset:
                     self.broken.add(error)
         raise DataError(f"{shard}: none of its {count} records can be read; take it out of the shards")
 
+    def where(self, index: int) -> str:
+        """Shard and key of a record, for messages."""
+        number, row = self._place(index)
+        return f"{self.shards[number]}, {key_of(str(self._table(number).names[row]))}"
+
     def _place(self, index: int) -> tuple[int, int]:
         """A record's shard, and its row there."""
         if not 0 <= index < len(self):

@@ -1,0 +1,29 @@
+"""Who starts the processes of a run: a launcher that sets RANK (`deepspeed`, `torchrun`), SLURM's `srun`, or nobody."""
+
+import re
+from collections.abc import Mapping
+
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that torch.distributed wants, for a task of `srun`; {} where a launcher set them, or outside a step.
+
+    An `sbatch` script itself is no task: a python started there without srun is a process of its own.
+    environment: os.environ; a MASTER_ADDR or MASTER_PORT in it is kept
+    """
+    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return {}
+    # `--gpus-per-task` shows each task its own GPU only, which is then number 0.
+    sees_one = environment.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 and "SLURM_GPUS_PER_TASK" in environment
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": "0" if sees_one else environment["SLURM_LOCALID"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        # The same on every task, and another for another job of the machine.
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 10_000),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of machines: `gpu[007-009,12],big1` -> `gpu007`."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]

@@ -1,0 +1,94 @@
+"""What a step of MLLM training costs, found on a model without data (see `encoder.costs`)."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from encoder.costs import Cost, measure_cost
+from encoder.errors import DataError
+from encoder.pretrained import folder_kind
+from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
+from mllm.model import freeze, join, nano_llm_config
+from mllm.tokenizer import add_image_token
+
+
+def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
+    """The model that a recipe trains, without data; parts that do not learn have no gradient.
+
+    A preset's tokenizer is not trained for this: it is taken to have `vocab_size` pieces, its most.
+    """
+    with torch.device("meta"):
+        if config.model:
+            _read_json(Path(config.model) / "config.json")
+            model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(config.model))
+        else:
+            model = _joined(config)
+        freeze(model, config.trains, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
+
+
+def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
+    folder_kind(config.tower)  # a sentence where there is none
+    tower = AutoConfig.from_pretrained(config.tower)
+    tower = getattr(tower, "vision_config", tower)
+    layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
+    if config.llm_preset:
+        parts = {"vision_config": tower, "text_config": nano_llm_config(config, config.vocab_size)}
+        tokens = (tower.image_size // tower.patch_size) ** 2
+        return LlavaForConditionalGeneration(LlavaConfig(**parts, image_seq_length=tokens, vision_feature_layer=layer))
+    _read_json(Path(config.llm) / "config.json")
+    tokenizer = AutoTokenizer.from_pretrained(config.llm)
+    add_image_token(tokenizer)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), attn_implementation=config.attention)
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    return join(CLIPVisionModel(tower), llm, tokenizer, layer)
+
+
+def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:
+    """Per row of `max_length` tokens with one picture. `model` of `meta_mllm`."""
+    inner, sizes = model.model, model.config
+    side, layer = sizes.vision_config.image_size, sizes.vision_feature_layer
+
+    def loss_of() -> Tensor:
+        if config.cache_features:
+            features = torch.zeros(1, sizes.image_seq_length, sizes.vision_config.hidden_size, dtype=model.dtype)
+        else:
+            pixels = torch.zeros(1, 3, side, side, dtype=model.dtype)
+            features = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+        tokens = inner.multi_modal_projector(features)
+        if config.max_length <= tokens.shape[1]:
+            raise DataError(f"max_length {config.max_length} leaves no room beside {tokens.shape[1]} image tokens; raise it")
+        words = torch.zeros(1, config.max_length - tokens.shape[1], tokens.shape[2], dtype=tokens.dtype)
+        hidden = inner.language_model(inputs_embeds=torch.cat([tokens, words], dim=1), use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden).float()
+        return torch.nn.functional.cross_entropy(logits[0], torch.zeros(config.max_length, dtype=torch.long))
+
+    with torch.device("meta"):
+        return measure_cost(model, loss_of)
+
+
+def zero_stage(config: MllmConfig, processes: int) -> int | None:
+    """The ZeRO stage of a run: its file's, 2 under the deepspeed launcher without one, None on one plain process."""
+    if not config.zero:
+        return 2 if processes > 1 else None
+    return _read_json(Path(config.zero)).get("zero_optimization", {}).get("stage", 0)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; name a folder or file that does")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); correct it") from error
