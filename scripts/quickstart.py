@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart", help="folder of everything it makes")
     parser.add_argument("--scenes", type=int, default=6000, help="training scenes drawn (default 6000)")
-    parser.add_argument("--steps", type=int, default=700, help="finetuning steps of each MLLM (default 700)")
+    parser.add_argument("--steps", type=int, default=500, help="finetuning steps of each MLLM (default 500)")
     parser.add_argument("--eval", type=int, default=500, help="expressions of each of val, testA, testB (default 500)")
     parser.add_argument("--seed", type=int, default=1, help="of the scenes (default 1)")
     arguments = parser.parse_args()
