@@ -12,7 +12,7 @@ from tqdm import tqdm
 from encoder.boxes import box_area
 from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
 from encoder.errors import DataError
-from encoder.model import ClocModel
+from encoder.model import RegionEncoder
 from encoder.pretrained import load_encoder, load_processor, weights_hash
 from eval.predictions import Prediction, PredictionLog, Target
 from mllm.generation import GroundingModel
@@ -69,7 +69,7 @@ class EncoderAnswerer:
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype):
         self.encoder, self.processor = load_encoder(folder, dtype), load_processor(folder)
-        if not isinstance(self.encoder, ClocModel):
+        if not isinstance(self.encoder, RegionEncoder):
             raise DataError(f"{folder} is a plain CLIP, which cannot point; give an MLLM folder or a CLOC folder")
         mode = self.processor.image_processor.geometry
         refuse_cutting_geometry(folder, mode)
