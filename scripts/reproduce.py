@@ -18,8 +18,6 @@ from pipeline import PYTHON, TOWERS, in_order, mllm_evaluations, region_evaluati
 from stages import Stage, commit, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
-# CLIP reads best from the layer before the last, CLOC from the last; docs/results.md has the measurement.
-FEATURE_LAYER = {"clip": -2, "cloc": -1}
 NOTE = "All weights were trained by scripts/reproduce.py from zero, on scenes of the base pictures; weights/README.md says how."
 
 
@@ -31,11 +29,11 @@ def encoder_command(tower: str, scenes: Path, out: Path) -> list[str]:
 def mllm_command(tower: str, out: Path) -> list[str]:
     """One MLLM on a frozen tower: `nano_align` on scenes of one or two objects, then `nano_base` on all.
 
-    The tokenizer also reads the words of the later domain, as any grown-up one has.
+    Both towers are read at layer -2, the default and the better one for either (docs/results.md). The tokenizer also reads the words of the later domain, as any grown-up one has.
     """
     script, align = [PYTHON, "scripts/finetune_mllm.py"], out / f"align_{tower}"
     texts = [str(out / name / "conversations" / "train.json") for name in ("scenes", "words")]
-    start = ["--tower", str(out / tower / "model"), "--feature_layer", str(FEATURE_LAYER[tower]), "--tokenizer_data", *texts]
+    start = ["--tower", str(out / tower / "model"), "--tokenizer_data", *texts]
     first = [*script, "scripts/recipes/nano_align.yaml", *training_data(out / "easy"), *start, "--output", str(align)]
     more = ["--model", str(align), "--output", str(out / f"mllm_{tower}")]
     return in_order([first, [*script, "scripts/recipes/nano_base.yaml", *training_data(out / "scenes"), *more]])
