@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from encoder.config import PRESETS, ClocConfig
 from encoder.errors import DataError
 from encoder.losses import LossConfig
-from encoder.model import ADDED_TO_CLIP, ClocModel
+from encoder.model import ADDED, ClocModel
 from encoder.patch_dropout import kept_patches, only_patches
 from encoder.pretrained import folder_kind
 from encoder.pretraining_config import PretrainConfig
@@ -165,7 +165,7 @@ def meta_encoder(config: PretrainConfig, loss_config: LossConfig) -> ClocModel:
     with torch.device("meta"):
         model = ClocModel(encoder_config(config, loss_config)).train()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = config.objective == "cloc" or not name.startswith(ADDED_TO_CLIP) or name == "logit_bias"
+        parameter.requires_grad = config.objective == "cloc" or not name.startswith(ADDED)
     return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
 
 

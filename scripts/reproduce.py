@@ -29,7 +29,8 @@ def encoder_command(tower: str, scenes: Path, out: Path) -> list[str]:
 def mllm_command(tower: str, out: Path) -> list[str]:
     """One MLLM on a frozen tower: `nano_align` on scenes of one or two objects, then `nano_base` on all.
 
-    Both towers are read at layer -2, the default and the better one for either (docs/results.md). The tokenizer also reads the words of the later domain, as any grown-up one has.
+    Both towers are read at layer -2, the default and the better one for either (docs/results.md). The tokenizer also reads
+    the words of the later domain, as any grown-up one has.
     """
     script, align = [PYTHON, "scripts/finetune_mllm.py"], out / f"align_{tower}"
     texts = [str(out / name / "conversations" / "train.json") for name in ("scenes", "words")]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from encoder.config import PRESETS
 from encoder.costs import encoder_cost, meta_encoder, state_bytes
 from encoder.losses import LossConfig
-from encoder.model import ADDED_TO_CLIP, ClocModel
+from encoder.model import ADDED, ClocModel
 from encoder.pretraining_config import PretrainConfig
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "doctor.py"
@@ -74,7 +74,7 @@ def test_dropped_patches_cost_less_and_the_baseline_has_no_regions():
     costs = [encoder_cost(model, config) for model, config in zip(models, (whole, half, clip), strict=True)]
     assert costs[1].forward_flops < 0.85 * costs[0].forward_flops and costs[2].forward_flops < costs[0].forward_flops
     learned = {name for name, parameter in models[2].named_parameters() if parameter.requires_grad}
-    assert learned and not [name for name in learned if name.startswith(ADDED_TO_CLIP)]
+    assert learned and not [name for name in learned if name.startswith(ADDED)]
 
 
 def test_what_a_process_holds_by_zero_stage():

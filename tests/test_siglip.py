@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from encoder import ClocModel, ClocProcessor, ClocSiglipConfig, ClocSiglipModel, RegionPredictor
+from encoder.engine import reshape_scalars
 from encoder.errors import DataError
 from encoder.export import export_clip, export_vision
 from encoder.from_clip import POSITIONS, from_clip, resize_positions
 from encoder.losses import LossConfig, cloc_losses
 from encoder.pretrained import folder_kind, load_encoder, load_processor, load_vision_tower, weights_hash
-from encoder.pretraining import reshape_scalars
 
 VOCAB, LENGTH = 64, 24
 
