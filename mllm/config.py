@@ -62,7 +62,7 @@ class MllmConfig:
     weight_decay: of matrices
     beta2: AdamW's second-moment decay
     max_grad_norm: gradient norm is clipped to this
-    group_by_length: batches of conversations of like length
+    group_by_length: batches of rows of like length
     seed: of initial weights and data order
     precision: bf16 (autocast; under DeepSpeed bf16 weights with a float32 master copy) or fp32
     zero: DeepSpeed configuration file; none trains without DeepSpeed
@@ -223,8 +223,9 @@ def check_identity(output: Path, config: MllmConfig) -> None:
         return
     saved = json.loads(path.read_text())
     for name, value in config.identity().items():
-        if name in saved and saved[name] != value:
+        before = saved.get(name, getattr(MllmConfig, name, value))  # a field that came later had its default
+        if before != value:
             raise DataError(
-                f"{path}: the checkpoints here were made with {name} = {saved[name]}, this run has {value}; "
+                f"{path}: the checkpoints here were made with {name} = {before}, this run has {value}; "
                 f"choose another output, or pass --resume never to start over"
             )

@@ -1,24 +1,25 @@
 """Asking an MLLM: pictures and questions in, words and boxes out, greedily and in batches.
 
 A prompt is a prefix that ends with the picture, the same for every question about it, and the question. Tower and language
-model run the prefix once per picture; the questions go on from its keys and values. (B questions, N image tokens, P tokens
-of the prefix, L of the longest question.)
+model run the prefix once for the questions of a batch on one picture; these go on from its keys and values. (B questions,
+I pictures, P tokens of the prefix, L of the longest question.)
 """
 
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import DynamicCache
 
+from encoder.errors import DataError
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import load_mllm
 from mllm.conversation import IMAGE, question_with_boxes
+from mllm.packing import attends_to_all
 
 Box = tuple[float, float, float, float]
-STATE_BYTES = 1 << 30  # of pictures' keys and values, kept for further questions
+# What a language model's own generation_config may ask for, and greedy decoding must not do.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 class GroundingModel:
@@ -31,8 +32,6 @@ class GroundingModel:
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.codec = BoxCodec(settings.codec)
         self.image_token_id = model.config.image_token_id
-        # id of a picture and its prefix -> (the picture, which holds the id; its keys and values); the latest used last.
-        self._seen: OrderedDict[tuple, tuple[Image.Image, DynamicCache]] = OrderedDict()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -52,7 +51,7 @@ class GroundingModel:
     ) -> list[str]:
         """One answer per (image, question), greedy, in the order asked.
 
-        images: one picture per question; the same object given for several questions, or again later, is run once
+        images: one picture per question; the same object given for several questions of a batch is run once
         questions: without the picture's mark; `<region>` (in order) or `<region:i>` names a box of `regions`
         regions: per question its boxes, xyxy in pixels of the original image
         """
@@ -60,16 +59,16 @@ class GroundingModel:
         prompts = [
             self._prompt_ids(image, question, boxes) for image, question, boxes in zip(images, questions, regions, strict=True)
         ]
-        # Questions on one picture lie side by side, those of one length too: few prefixes at a time, little padding.
-        order = sorted(range(len(prompts)), key=lambda i: (prompts[i][0], id(images[i]), len(prompts[i][1]), i))
+        # Questions on one picture lie side by side: few prefixes in a batch.
+        first = {id(image): i for i, image in reversed(list(enumerate(images)))}
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i][0], first[id(images[i])], len(prompts[i][1]), i))
         answers: list[str] = [""] * len(prompts)
         with tqdm(total=len(prompts), desc="answers", disable=not progress, unit="answer") as bar:
             while order:
                 prefix = prompts[order[0]][0]
                 rows = [i for i in order[:batch_size] if prompts[i][0] == prefix]
                 order = order[len(rows) :]
-                self._see([images[i] for i in rows], prefix)
-                texts = self._answer([prompts[i] for i in rows], [images[i] for i in rows], max_new_tokens)
+                texts = self._answer(prefix, [prompts[i][1] for i in rows], [images[i] for i in rows], max_new_tokens)
                 for i, text in zip(rows, texts, strict=True):
                     answers[i] = text
                 bar.update(len(rows))
@@ -87,6 +86,8 @@ class GroundingModel:
 
     def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> tuple[tuple[int, ...], list[int]]:
         """Tokens up to the picture's one mark, and those after it."""
+        if IMAGE in question:
+            raise DataError(f"question '{question}' holds the mark {IMAGE}, which is put in by itself; leave it out")
         geometry = self.settings.image.geometry(*image.size)
         content = IMAGE + "\n" + question_with_boxes(question, boxes, geometry, self.codec)
         ids = self.tokenizer.apply_chat_template(
@@ -95,62 +96,51 @@ class GroundingModel:
         mark = ids.index(self.image_token_id)
         return tuple(ids[: mark + 1]), ids[mark + 1 :]
 
-    def _see(self, images: list[Image.Image], prefix: tuple[int, ...]) -> None:
-        """Keys and values of the prefix with each picture not at hand, in one call; the longest unused make room."""
-        batch = {(id(image), prefix): image for image in images}
-        new = {key: image for key, image in batch.items() if key not in self._seen}
-        if new:
-            pixels = self.settings.image.pixels(list(new.values())).to(self.model.device, self.model.dtype)
-            ids = torch.tensor([self._widened(prefix)] * len(new), device=self.model.device)
-            state = self.model.model(input_ids=ids, pixel_values=pixels, use_cache=True).past_key_values
-            for row, (key, image) in enumerate(new.items()):
-                self._seen[key] = image, _rows(state, [row])
-        for key in batch:
-            self._seen.move_to_end(key)
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in next(iter(self._seen.values()))[1].layers)
-        while len(self._seen) > max(len(batch), STATE_BYTES // size):
-            self._seen.popitem(last=False)
-
-    def _widened(self, prefix: tuple[int, ...]) -> list[int]:
-        return [*prefix[:-1], *[self.image_token_id] * self.model.config.image_seq_length]
-
-    def _answer(self, prompts: list[tuple], images: list[Image.Image], max_new_tokens: int) -> list[str]:
-        """Greedy decoding of prompts with one prefix; questions are left-padded, between the prefix and themselves."""
-        prefix = prompts[0][0]
-        numbers = {key: row for row, key in enumerate(dict.fromkeys(id(image) for image in images))}
-        states = [self._seen[key, prefix][1] for key in numbers]
-        state = _rows(_stacked(states), [numbers[id(image)] for image in images])
-        widened, length = self._widened(prefix), max(len(question) for _, question in prompts)
-        ids_BL = torch.full((len(prompts), len(widened) + length), self.tokenizer.pad_token_id)
-        mask_BL = torch.zeros_like(ids_BL)
-        ids_BL[:, : len(widened)], mask_BL[:, : len(widened)] = torch.tensor(widened), 1
-        for row, (_, question) in enumerate(prompts):
-            ids_BL[row, ids_BL.shape[1] - len(question) :] = torch.tensor(question)
-            mask_BL[row, ids_BL.shape[1] - len(question) :] = 1
+    def _answer(
+        self, prefix: tuple[int, ...], questions: list[list[int]], images: list[Image.Image], max_new_tokens: int
+    ) -> list[str]:
+        """Greedy decoding of questions with one prefix, each about its picture."""
+        widened = [*prefix[:-1], *[self.image_token_id] * self.model.config.image_seq_length]
+        longest = len(widened) + max(map(len, questions)) + max_new_tokens
+        if attends_to_all(self.model.config.text_config, longest):
+            ids_BL, mask_BL = self._padded([widened] * len(questions), questions)
+            more = {"past_key_values": self._prefix_state(widened, images)}
+        else:  # A window would count the padding, and forget the prefix: every question in a row of its own from the start.
+            ids_BL, mask_BL = self._padded([[]] * len(questions), [widened + question for question in questions])
+            more = {"pixel_values": self._pixels(images)}
+        device = self.model.device
         output = self.model.generate(
-            input_ids=ids_BL.to(self.model.device),
-            attention_mask=mask_BL.to(self.model.device),
-            past_key_values=state,
+            input_ids=ids_BL.to(device),
+            attention_mask=mask_BL.to(device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
+            **GREEDY,
+            **more,
         )
         new = output[:, ids_BL.shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.settings.image.pixels(images).to(self.model.device, self.model.dtype)
 
-def _rows(state: DynamicCache, rows: list[int]) -> DynamicCache:
-    """A state of these rows of `state`, copied."""
-    chosen = DynamicCache()
-    for number, layer in enumerate(state.layers):
-        chosen.update(layer.keys[rows], layer.values[rows], number)
-    return chosen
+    def _prefix_state(self, widened: list[int], images: list[Image.Image]):
+        """Keys and values of the prefix, a row a question; each distinct picture is run once."""
+        distinct = {id(image): image for image in images}
+        ids_IP = torch.tensor([widened] * len(distinct), device=self.model.device)
+        pixels = self._pixels(list(distinct.values()))
+        state = self.model.model(input_ids=ids_IP, pixel_values=pixels, use_cache=True).past_key_values
+        if len(distinct) < len(images):
+            place = {key: row for row, key in enumerate(distinct)}
+            state.batch_select_indices(torch.tensor([place[id(image)] for image in images], device=self.model.device))
+        return state
 
-
-def _stacked(states: list[DynamicCache]) -> DynamicCache:
-    joint = DynamicCache()
-    for number in range(len(states[0].layers)):
-        layers = [state.layers[number] for state in states]
-        joint.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), number)
-    return joint
+    def _padded(self, starts: list[list[int]], ends: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of a start, padding and an end, and their attention mask: (B, P + L) each. All starts are of one length."""
+        length = len(starts[0]) + max(map(len, ends))
+        ids_BL = torch.full((len(ends), length), self.tokenizer.pad_token_id)
+        mask_BL = torch.zeros_like(ids_BL)
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            for part, tokens in ((slice(0, len(start)), start), (slice(length - len(end), length), end)):
+                ids_BL[row, part], mask_BL[row, part] = torch.tensor(tokens, dtype=torch.long), 1
+        return ids_BL, mask_BL

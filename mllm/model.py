@@ -28,6 +28,7 @@ from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
 from mllm.conversation import choose_template
 from mllm.data import texts_of
 from mllm.image_input import ImageInput
+from mllm.packing import attends_to_all
 from mllm.tokenizer import add_image_token, fast_tokenizer, train_sentencepiece
 
 
@@ -52,8 +53,16 @@ class Mllm:
 
 def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     """What the recipe names: an MLLM folder to go on from, or a tower and a language model joined by a new projector."""
-    if config.model:
-        return _from_folder(config, dtype)
+    mllm = _from_folder(config, dtype) if config.model else _from_parts(config, dtype)
+    if config.share_pictures and not attends_to_all(mllm.model.config.text_config, config.max_length):
+        raise DataError(
+            f"share_pictures is true, but tokens of the language model {config.model or config.llm} do not see all of a row of "
+            f"{config.max_length} (sliding window or recurrent layers); leave share_pictures out, or lower max_length"
+        )
+    return mllm
+
+
+def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     tower = load_vision_tower(config.tower, dtype)
     tower.set_attn_implementation(config.attention)
     layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer

@@ -2,7 +2,8 @@
 
 A row is `[prefix, branch, branch, ...]`: the prefix is all tokens up to the picture's mark, a branch is what one record
 says after it. With the mask and the positions of `attention_of` a row gives the losses and gradients of its records in
-rows of their own, and costs the picture's tokens once. (L tokens of a row, B rows.)
+rows of their own, and costs the picture's tokens once, in a language model whose every token sees all before it. (L tokens of
+a row, B rows.)
 """
 
 from dataclasses import dataclass
@@ -87,3 +88,17 @@ def attention_of(segments_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mask_BLL = causal_LL & ((seen == seer) | ((seen == 0) & (seer > 0)))
     # Tokens that a token sees, itself left out, are as many as stand before it in a row of its own.
     return mask_BLL[:, None], mask_BLL.sum(-1, dtype=np.int64) - 1
+
+
+def attends_to_all(text_config, length: int) -> bool:
+    """Whether a language model's tokens see all before them in a row of `length` tokens: no window, no recurrence.
+
+    text_config: a transformers configuration; `layer_types` and `sliding_window` tell
+    """
+    window = getattr(text_config, "sliding_window", None)
+    if window is not None and not getattr(text_config, "use_sliding_window", True):
+        window = None
+    types = set(getattr(text_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if types - {"full_attention", "sliding_attention"}:
+        return False
+    return "sliding_attention" not in types or window is None or window >= length

@@ -116,6 +116,8 @@ def _dataset(config: MllmConfig, mllm: Mllm, files: list[str]) -> ConversationDa
         config.share_pictures,
         progress=rank() == 0,
     )
+    if config.share_pictures and len(dataset) == dataset.num_records > 1:
+        _say("share_pictures joined no rows: no two conversations have a picture in common, or answers follow it at once")
     if dataset.num_cut:
         _say(f"{dataset.num_cut} of {dataset.num_records} conversations were cut at {config.max_length} tokens")
     return dataset

@@ -18,7 +18,7 @@ def in_order(commands: list[list[str]]) -> list[str]:
 
 def scenes_command(folder: Path, pictures: str, train: int, evaluate: int, seed: int) -> list[str]:
     """Draws scenes. train: scenes; evaluate: expressions of each of val, testA and testB, at least."""
-    numbers = ["--train", str(train), "--eval", str(evaluate), "--seed", str(seed)]
+    numbers = ["--train", str(train), "--eval", str(evaluate), "--seed", str(seed), "--questions", "8"]
     return [PYTHON, "scripts/make_scenes.py", "--out", str(folder), "--pictures", pictures, *numbers]
 
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from encoder.errors import run_main
+from encoder.errors import DataError, run_main
 from pipeline import PYTHON, TOWERS, in_order, mllm_evaluations, region_evaluations, scenes_command, training_data
 from stages import Stage, commit, run_stages
 
@@ -62,11 +62,15 @@ def ship(out: Path, weights: Path) -> None:
 
 def _copy(source: Path, target: Path, logs: dict[str, Path]) -> None:
     """A model's own files, no checkpoints and no features, and its logs under the names given; paths from the root on."""
+    kept = [file for file in source.iterdir() if file.suffix in (".safetensors", ".json", ".model", ".jinja")]
+    files = {**{file.name: file for file in kept}, **logs}
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing or "model.safetensors" not in files:
+        raise DataError(f"{', '.join(missing) or source / 'model.safetensors'} is missing; run the stages that make it again")
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)
-    kept = [file for file in source.iterdir() if file.suffix in (".safetensors", ".json", ".model", ".jinja")]
-    for name, file in {**{file.name: file for file in kept}, **logs}.items():
+    for name, file in files.items():
         if file.suffix in (".json", ".jsonl"):
             (target / name).write_text(file.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", ""), encoding="utf-8")
         else:

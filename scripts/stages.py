@@ -1,12 +1,13 @@
 """Runs a script's stages in order, each once: what is done is remembered, so an interrupted run goes on where it was.
 
-A stage is a few commands that run side by side. It counts as done when all of them ended well, and as long as its commands
-and those of the stages before it stay the same.
+A stage is a few commands that run side by side. It counts as done when all of them ended well, and as long as its commands,
+the recipes that they name, and those of the stages before it stay the same.
 """
 
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -104,7 +105,9 @@ def run_stages(stages: list[Stage], folder: Path) -> None:
     done.mkdir(exist_ok=True)
     key = hashlib.sha256()
     for i, stage in enumerate(stages, 1):
-        key.update(json.dumps(stage.commands).encode())
+        commands = json.dumps(stage.commands)
+        recipes = [Path(name) for name in re.findall(r"[\w./-]+\.yaml", commands)]
+        key.update(commands.encode() + b"".join(recipe.read_bytes() for recipe in recipes if recipe.is_file()))
         marker, number = done / f"{stage.name}.json", f"[{i}/{len(stages)}]"
         if marker.is_file() and json.loads(marker.read_text())["key"] == key.hexdigest():
             print(f"{number} {stage.title}: done before", flush=True)

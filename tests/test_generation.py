@@ -2,13 +2,13 @@ import pytest
 import torch
 from mllm_fixtures import recipe, write_clip, write_conversations
 from PIL import Image
+from transformers import MistralConfig, MistralForCausalLM
 
 from encoder.errors import DataError
-from mllm import generation
 from mllm.checkpoint import save_mllm
 from mllm.config import MllmConfig
 from mllm.generation import GroundingModel
-from mllm.model import build_mllm
+from mllm.model import build_mllm, join
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,8 @@ def test_answers_are_stock_llavas_greedy_ones(asked):
         assert got[index] == model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_a_picture_and_its_prefix_are_run_once_and_few_are_kept(asked, monkeypatch):
+def test_a_picture_and_its_prefix_are_run_once_in_a_batch(asked, monkeypatch):
     model, images, questions, regions = asked
-    model._seen.clear()
     seen = []
     real = model.model.model.forward
 
@@ -74,14 +73,44 @@ def test_a_picture_and_its_prefix_are_run_once_and_few_are_kept(asked, monkeypat
         return real(*args, pixel_values=pixel_values, **kwargs)
 
     monkeypatch.setattr(model.model.model, "forward", counted)
-    alone = model.generate(images, questions, regions, batch_size=2, max_new_tokens=2, progress=False)
+    model.generate(images, questions, regions, max_new_tokens=2, progress=False)
     assert sum(seen) == 3
-    assert model.generate(images, questions, regions, batch_size=3, max_new_tokens=2, progress=False) == alone
-    assert sum(seen) == 3  # known from the first time
-    monkeypatch.setattr(generation, "STATE_BYTES", 1)  # room for the batch's own only
-    for _ in range(2):
-        assert model.generate(images, questions, regions, batch_size=1, max_new_tokens=2, progress=False) == alone
-    assert len(model._seen) == 1 and sum(seen) > 3
+
+
+def test_a_language_models_own_generation_settings_do_not_count(asked):
+    model, images, questions, regions = asked
+    plain = model.generate(images, questions, regions, max_new_tokens=12, progress=False)
+    settings = model.model.generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 1.7, 2
+    try:
+        assert model.generate(images, questions, regions, max_new_tokens=12, progress=False) == plain
+    finally:
+        settings.repetition_penalty, settings.no_repeat_ngram_size = 1.0, 0
+
+
+@pytest.mark.parametrize("window", [8, 30, 200])
+def test_a_sliding_window_gives_the_answers_of_questions_asked_alone(asked, window):
+    """A Mistral in the Llama's place: shorter than the picture, than picture and question, and longer than all."""
+    model, images, questions, regions = asked
+    llama = model.model.config.text_config
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = MistralConfig(**{key: getattr(llama, key) for key in fields}, num_key_value_heads=2, sliding_window=window)
+    torch.manual_seed(3)
+    llm = MistralForCausalLM(config)
+    for parameter in llm.model.layers.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 8
+    joined = join(model.model.model.vision_tower, llm, model.tokenizer, -2)
+    mistral = GroundingModel(joined, model.tokenizer, model.settings)
+    got = mistral.generate(images, questions, regions, max_new_tokens=6, progress=False)
+    for index, answer in enumerate(got):
+        prefix, question = mistral._prompt_ids(images[index], questions[index], regions[index])
+        ids = [i for token in [*prefix, *question] for i in ([token] * 25 if token == mistral.image_token_id else [token])]
+        pixels, new = mistral.settings.image.pixels([images[index]]), []
+        with torch.no_grad():
+            while len(new) < 6 and (not new or new[-1] != mistral.tokenizer.eos_token_id):
+                new.append(int(joined(input_ids=torch.tensor([ids + new]), pixel_values=pixels).logits[0, -1].argmax()))
+        assert answer == mistral.tokenizer.decode(new, skip_special_tokens=True).strip(), index
 
 
 def test_boxes_come_back_in_pixels_of_the_picture(asked):
@@ -97,4 +126,6 @@ def test_a_question_without_its_box_is_refused(asked):
     model, images, _, _ = asked
     with pytest.raises(DataError, match="<region:0>, but 0 boxes"):
         model.generate(images[:1], ["What is <region>?"], [[]], progress=False)
+    with pytest.raises(DataError, match="holds the mark <image>"):
+        model.generate(images[:1], ["What is <image>?"], progress=False)
     assert model.generate([], [], [], progress=False) == []

@@ -1,18 +1,22 @@
 """Rows that share a picture against the same records in rows of their own, in a stock Llava."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mllm_fixtures import recipe, write_clip, write_conversations
+from safetensors.torch import load_file
 
 from encoder.errors import DataError
 from mllm.box_text import BoxCodec
-from mllm.config import MllmConfig
+from mllm.config import MllmConfig, check_identity
 from mllm.data import ConversationDataset, pixel_collator
 from mllm.model import build_mllm
-from mllm.packing import NO_TOKEN, TokenRow, attention_of, own_row, share_pictures
+from mllm.packing import NO_TOKEN, TokenRow, attends_to_all, attention_of, own_row, share_pictures
+from mllm.training import train
 
 MARK, TOKENS = 7, 4
 
@@ -119,3 +123,48 @@ def test_a_picture_with_more_than_fits_has_several_rows(world):
 def test_eager_attention_is_refused(world):
     with pytest.raises(DataError, match="share_pictures needs a mask that attention eager does not take"):
         MllmConfig(**recipe(world[0], share_pictures=True, attention="eager"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"sliding_window": None}, True),
+        ({"sliding_window": 100}, True),
+        ({"sliding_window": 99}, False),
+        ({"sliding_window": 8, "use_sliding_window": False}, True),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]}, True),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, False),
+        ({"layer_types": ["full_attention", "linear_attention"]}, False),
+    ],
+)
+def test_which_language_models_see_all_of_a_row(fields, expected):
+    assert attends_to_all(SimpleNamespace(**fields), 100) is expected
+
+
+def test_a_model_with_a_window_shorter_than_a_row_is_refused(world, monkeypatch):
+    monkeypatch.setattr("mllm.model.attends_to_all", lambda config, length: length <= 128)
+    assert build_mllm(MllmConfig(**recipe(world[0], share_pictures=True, max_length=128)))
+    with pytest.raises(DataError, match="do not see all of a row of 129"):
+        build_mllm(MllmConfig(**recipe(world[0], share_pictures=True, max_length=129)))
+
+
+@pytest.mark.parametrize("more", [{}, {"group_by_length": True, "gradient_accumulation": 2, "cache_features": True}])
+def test_training_on_shared_rows_resumes_bit_equal(world, tmp_path, more):
+    fields = recipe(world[0], share_pictures=True, batch_size=2, epochs=1, max_steps=4, **more)
+    whole = train(MllmConfig(**fields | {"output": str(tmp_path / "whole")}))
+    part = tmp_path / "part"
+    shutil.copytree(whole, part, ignore=shutil.ignore_patterns("checkpoint-4", "grounding.json", "*.safetensors"))
+    for name in ("model.safetensors",):
+        shutil.copy(whole / "checkpoint-2" / name, part / "checkpoint-2" / name)
+    train(MllmConfig(**fields | {"output": str(part)}))
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, part))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_run_from_before_the_field_existed_is_not_gone_on_with_shared_rows(world, tmp_path):
+    config = MllmConfig(**recipe(world[0], share_pictures=True))
+    saved = {name: value for name, value in config.identity().items() if name != "share_pictures"}
+    (tmp_path / "run.json").write_text(json.dumps(saved))
+    with pytest.raises(DataError, match="made with share_pictures = False, this run has True"):
+        check_identity(tmp_path, config)

@@ -30,6 +30,16 @@ def test_each_stage_runs_once_and_again_when_its_commands_change(tmp_path):
     assert seen.read_text() == "abBAb"
 
 
+def test_a_stage_runs_again_when_a_recipe_it_names_changes(tmp_path):
+    seen, recipe = tmp_path / "seen", tmp_path / "recipe.yaml"
+    recipe.write_text("steps: 1")
+    stages = [Stage("a", "first", [in_order([[*append(seen, "a"), str(recipe)]])])]
+    for text in ("steps: 1", "steps: 1", "steps: 2"):
+        recipe.write_text(text)
+        run_stages(stages, tmp_path / "run")
+    assert seen.read_text() == "aa"
+
+
 def test_a_failed_stage_is_named_with_the_end_of_its_log_and_is_tried_again(tmp_path):
     flag, seen = tmp_path / "flag", tmp_path / "seen"
     code = f"import os, sys\nif not os.path.exists({str(flag)!r}): sys.exit('no flag here')\nopen({str(seen)!r}, 'a').write('c')"
