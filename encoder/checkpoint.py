@@ -17,6 +17,7 @@ from encoder.errors import DataError
 # What may differ between a run and its continuation without changing the result.
 FREE_FIELDS = {
     "shards", "output", "workers", "log_every", "save_every", "max_broken", "shard_cache", "shard_cache_gb",
+    "gradient_checkpointing", "loss.block_size",
 }  # fmt: skip
 KEEP = 2
 

@@ -75,7 +75,7 @@ def cloc_losses(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | 
     if config.contrastive == "softmax":
         biases = None, None
     elif None in biases:
-        raise DataError("LossConfig.contrastive is 'sigmoid' but the model has no bias; give it a logit_bias_init_value of -10")
+        raise DataError("LossConfig.contrastive is 'sigmoid' but the model has no bias; scripts/pretrain_encoder.py adds one")
     scale = bounded_scale(output.logit_scale, config.max_logit_scale)
     clip_share, clip_report = contrastive_loss(
         output.image_feat, output.text_feat, scale, logit_bias=biases[0], block_size=config.block_size

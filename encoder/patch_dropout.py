@@ -22,7 +22,7 @@ def kept_patches(images: range, step: int, seed: int, num_patches: int, dropout:
     kept = max(1, round(num_patches * (1 - dropout)))
     rows = []
     for place in images:
-        generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) << 24) + place)
+        generator = torch.Generator().manual_seed((((seed * 1_000_003 + step) << 24) + place) % 2**63)
         rows.append(torch.randperm(num_patches, generator=generator)[:kept].sort().values)
     return torch.stack(rows)
 

@@ -44,15 +44,19 @@ def folder_kind(source: str | Path) -> str:
     return kind
 
 
-def _load_strict(cls, folder, **kwargs):
-    """`from_pretrained` that names parameters in place of drawing them at random or leaving them out."""
+def load_strict(cls, folder, may_miss: tuple[str, ...] = (), **kwargs):
+    """`from_pretrained` that names parameters in place of drawing them at random or leaving them out.
+
+    may_miss: names of parameters that a folder need not have
+    """
     try:
         model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except (OSError, SafetensorError) as error:  # no weights, or not whole
         raise DataError(f"{folder}: the weights cannot be read ({error}); copy or save the folder again") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # A tower saved with its projection (CLIPVisionModelWithProjection) is whole without it.
-        keys = {str(key) for key in info[problem]} - ({"visual_projection.weight"} if cls is CLIPVisionModel else set())
+        allowed = {"visual_projection.weight"} if cls is CLIPVisionModel else set(may_miss)
+        keys = {str(key) for key in info[problem]} - allowed
         if keys:
             names = ", ".join(sorted(keys)[:5])
             raise DataError(f"{folder}: {len(keys)} {problem.replace('_', ' ')} ({names}); is it the right folder?")
@@ -71,14 +75,14 @@ def load_encoder(source: str | Path, dtype: torch.dtype | str = torch.float32) -
         )
     if kind == "open_clip":
         return load_open_clip(source).to(torch.float32 if dtype == "auto" else dtype)
-    return _load_strict(WHOLE[kind], source, dtype=dtype)
+    return load_strict(WHOLE[kind], source, dtype=dtype)
 
 
 def load_vision_tower(source: str | Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModel | SiglipVisionModel:
     """The vision tower of any encoder as its stock class, in evaluation mode."""
     kind = folder_kind(source)
     if kind in TOWERS:
-        return _load_strict(TOWERS[kind], source, dtype=dtype)
+        return load_strict(TOWERS[kind], source, dtype=dtype)
     encoder = load_encoder(source, dtype)
     cls = SiglipVisionModel if isinstance(encoder, SiglipModel) else CLIPVisionModel
     tower = cls(encoder.config.vision_config).to(encoder.dtype)

@@ -1,7 +1,7 @@
 """Is this machine fit, and what will a run cost: versions, devices, what is missing, and an estimate for a recipe.
 
     python scripts/doctor.py
-    python scripts/doctor.py scripts/recipes/nano_encoder.yaml --processes 8 --micro_batch_size 256
+    python scripts/doctor.py scripts/recipes/cloc_b16.yaml --processes 8 --micro_batch_size 256
     python scripts/doctor.py scripts/recipes/llava15_7b_align.yaml --processes 8 --tflops 400 --memory 80
 
 The recipe is one of `pretrain_encoder.py` or of `finetune_mllm.py`; their flags work here too. No data is read and no weights.

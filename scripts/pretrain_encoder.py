@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import torch
 import transformers
 
 from encoder.arguments import add_fields, build, read_recipe
-from encoder.config import PRESETS
+from encoder.config import PRESETS, ClocConfig
 from encoder.data.batches import RegionBatches
 from encoder.data.cache import ShardCache
 from encoder.data.reader import BrokenRecords, RegionDataset
@@ -35,14 +36,15 @@ from encoder.launch import slurm_environment
 from encoder.losses import LossConfig
 from encoder.model import ADDED, ClocModel
 from encoder.optimizer import averaged_weights
-from encoder.pretrained import WHOLE, folder_kind, load_processor
+from encoder.pretrained import WHOLE, folder_kind, load_processor, load_strict
 from encoder.pretraining import pretrain
 from encoder.pretraining_config import PretrainConfig
 from encoder.processor import ClocImageProcessor, ClocProcessor
 from encoder.tokenizer import train_text_tokenizer
 
-# Where SigLIP's biases start (arXiv 2303.15343, Section 3.2): nearly every pair of a batch is a negative.
-SIGMOID_BIAS = -10.0
+# Where SigLIP's biases and 1/temperature start (arXiv 2303.15343, Section 3.2): nearly every pair of a batch is a negative.
+SIGMOID_BIAS, SIGMOID_SCALE = -10.0, 10.0
+BIASES = ("logit_bias", "region_logit_bias")
 TOKENIZER_RECORDS = 200_000  # a small vocabulary learns no more from more
 
 
@@ -96,21 +98,42 @@ def texts_of(dataset: RegionDataset) -> Iterator[str]:
 def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
     """The model to train, the same on every rank, and its processor."""
     fields = {} if config.prompter_readout is None else {"prompter_readout": config.prompter_readout}
-    kind = folder_kind(config.init) if config.init else "cloc"
-    if loss_config.contrastive == "sigmoid" and "siglip" not in kind:  # a SigLIP brings its own
+    kind = folder_kind(config.init) if config.init else None
+    adds_biases = loss_config.contrastive == "sigmoid" and not has_biases(config.init, kind)
+    if adds_biases:
         fields["logit_bias_init_value"] = SIGMOID_BIAS
     torch.manual_seed(config.seed)
     if config.init:
         if kind.startswith("cloc"):
-            return WHOLE[kind].from_pretrained(config.init, dtype=torch.float32, **fields), load_processor(config.init)
-        return from_clip(config.init, **fields), load_processor(config.init)
-    if config.preset not in PRESETS:
-        raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
-    limit = PRESETS[config.preset](**fields).text_config.max_position_embeddings
-    tokenizer = train_text_tokenizer(texts_of(dataset), config.vocab_size, limit)
-    model = ClocModel(PRESETS[config.preset](vocab_size=len(tokenizer), **fields))
-    image_processor = ClocImageProcessor(size=model.config.vision_config.image_size, geometry=model.config.geometry)
-    return model, ClocProcessor(image_processor, tokenizer)
+            model = load_strict(WHOLE[kind], config.init, BIASES if adds_biases else (), dtype=torch.float32, **fields)
+        else:
+            model = from_clip(config.init, **fields)
+        processor = load_processor(config.init)
+    else:
+        if config.preset not in PRESETS:
+            raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
+        limit = PRESETS[config.preset](**fields).text_config.max_position_embeddings
+        tokenizer = train_text_tokenizer(texts_of(dataset), config.vocab_size, limit)
+        model = ClocModel(PRESETS[config.preset](vocab_size=len(tokenizer), **fields))
+        image_processor = ClocImageProcessor(size=model.config.vision_config.image_size, geometry=model.config.geometry)
+        processor = ClocProcessor(image_processor, tokenizer)
+    scales = [scale for scale in (model.logit_scale, model.region_logit_scale) if scale is not None]
+    for scale in scales if adds_biases else ():
+        scale.data.fill_(math.log(SIGMOID_SCALE))
+    highest = max(float(scale.detach().exp()) for scale in scales)
+    if highest > 1.001 * loss_config.max_logit_scale:
+        raise DataError(
+            f"{config.init}: 1/temperature is {highest:.1f}, above max_logit_scale {loss_config.max_logit_scale:g}, to which the "
+            f"first step would cut it; pass --max_logit_scale {math.ceil(1.2 * highest)}"
+        )
+    return model, processor
+
+
+def has_biases(init: str | None, kind: str | None) -> bool:
+    """Whether the model to start from has the sigmoid loss's biases: any SigLIP, and a CLOC trained with them."""
+    if kind == "cloc":
+        return ClocConfig.from_pretrained(init).logit_bias_init_value is not None
+    return kind is not None and "siglip" in kind
 
 
 def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, config: PretrainConfig, loss_config: LossConfig):

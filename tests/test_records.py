@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from encoder.data.records import Region, parse_record
+from encoder.data.records import Region, parse_record, parse_sample
 from encoder.errors import DataError
 
 GOOD = {
@@ -97,3 +97,10 @@ def test_one_sentence_per_problem(path, value, message):
 def test_not_a_json_object(text):
     with pytest.raises(DataError, match="^here "):
         parse_record(text, "here")
+
+
+def test_a_caption_in_the_txt_is_no_alt_text():
+    record = {"image": "a.png", "width": 8, "height": 8, "captions": ["one", "two"], "regions": []}
+    for text, expected in (("two\n", ""), ("a web page's words", "a web page's words")):
+        found = parse_sample(json.dumps(record).encode(), text.encode(), "a.png", (8, 8), "shard.tar, a")
+        assert found.alt_text == expected and list(found.captions) == ["one", "two"]

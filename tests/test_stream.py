@@ -381,3 +381,15 @@ def test_index_shards(plain, memory, tmp_path, monkeypatch, capsys):
     cut = tmp_path / "cut" / "00000.tar"
     cut.write_bytes(cut.read_bytes()[:9000])
     assert run(cut, "--out", tmp_path / "cut.json") == 1 and "problem: " in capsys.readouterr().out
+
+
+def test_telling_of_many_shards_does_not_wait_for_the_readers(tmp_path):
+    class Idle(ShardCache):
+        def prefetch(self, shard):
+            time.sleep(3600)
+
+    ahead = ReadAhead(Idle(tmp_path))
+    start = time.monotonic()
+    ahead.want([f"memory://some/long/path/to/shards/of/a/source/{number:08d}.tar" for number in range(4000)])
+    ahead.close()
+    assert time.monotonic() - start < 30  # a pipe holds about 800 of them

@@ -143,23 +143,24 @@ class ReadAhead:
         self._cache, self._known = cache, set()
         # Forked, as the loader's workers are. A thread would take turns with the training loop.
         self._context = multiprocessing.get_context("fork")
-        self._queue = self._context.SimpleQueue()
+        self._queue = self._context.Queue()
         self._processes = [self._context.Process(target=self._run, daemon=True) for _ in range(STREAMS)]
         self._started = False
 
     def want(self, shards: list[Shard]) -> None:
         """The shards that will be read next, soonest first; those of the last call are not fetched again."""
-        for shard in shards:
-            if shard not in self._known and is_url(shard):
-                self._queue.put(shard)
+        new = [shard for shard in shards if shard not in self._known and is_url(shard)]
         self._known = set(shards)
-        if not self._started and not self._queue.empty():
+        if new and not self._started:  # before the first put, which starts a thread of the queue's
             self._started = True
             for process in self._processes:
                 process.start()
+        for shard in new:
+            self._queue.put(shard)
 
     def close(self) -> None:
         """Stops fetching."""
+        self._queue.cancel_join_thread()
         for process in self._processes if self._started else ():
             process.terminate()
             process.join()

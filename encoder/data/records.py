@@ -12,7 +12,7 @@ A JSON without `image`, `captions` and `regions` is no record but what `img2data
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from encoder.errors import DataError
@@ -64,6 +64,8 @@ def parse_sample(label: bytes | None, text: bytes | None, image: str, size: tupl
         return RegionRecord(image, *size, (), (), alt_text)
     where = f"{where}.json"
     record = parse_record(fields, where, alt_text)
+    if record.alt_text in record.captions:  # a writer without an alt-text puts a caption into the .txt
+        record = replace(record, alt_text="")
     if record.image not in (image, image.rpartition("/")[2]):
         raise DataError(f"{where}: image is '{record.image}', beside it lies {image}; make them agree")
     if size != (record.width, record.height):
