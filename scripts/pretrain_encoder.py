@@ -121,7 +121,7 @@ def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionD
     for scale in scales if adds_biases else ():
         scale.data.fill_(math.log(SIGMOID_SCALE))
     highest = max(float(scale.detach().exp()) for scale in scales)
-    if highest > 1.001 * loss_config.max_logit_scale:
+    if config.init and highest > 1.001 * loss_config.max_logit_scale:
         raise DataError(
             f"{config.init}: 1/temperature is {highest:.1f}, above max_logit_scale {loss_config.max_logit_scale:g}, to which the "
             f"first step would cut it; pass --max_logit_scale {math.ceil(1.2 * highest)}"
