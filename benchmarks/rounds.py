@@ -48,7 +48,9 @@ def in_turn(variants: dict[str, Callable[[], object]], rounds: int, device: torc
     for number in range(rounds):
         for name, work in variants.items():
             runs[name].append(timed(work, device))
-            print(f"round {number + 1}/{rounds}: {name:24}{runs[name][-1]['seconds']:9.3f} s", flush=True)
+            run = runs[name][-1]
+            line = f"{name:24}{run['seconds']:9.3f} s, processor {run['cpu_seconds']:9.3f} s"
+            print(f"round {number + 1}/{rounds}: {line}", flush=True)
     return runs
 
 

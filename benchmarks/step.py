@@ -38,8 +38,10 @@ BARS = [Bar("CLOC prompt", "CLIP", 1.25), Bar("CLOC mean", "CLIP", 1.6), Bar("CL
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the first losses, relative
 
 
-def random_texts(config: ClocConfig, count: int, shortest: int, longest: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (count, L): texts of `shortest` to `longest` tokens, the end token counted, one of them the longest."""
+def random_texts(
+    config: ClocConfig, count: int, shortest: int, longest: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (count, L): texts of `shortest` to `longest` tokens, the end token counted, one the longest."""
     text = config.text_config
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)
     lengths[0] = longest
@@ -158,9 +160,13 @@ def main() -> None:
     first = {name: float(steps[name]()) for name in steps}  # the warm-up, too
     difference = abs(first["CLIP"] - first["plain CLIP"]) / first["plain CLIP"]
     if difference > TOLERANCE[arguments.precision]:
-        raise DataError(f"our first CLIP loss is {first['CLIP']}, the plain one {first['plain CLIP']}; they compute different things")
+        raise DataError(f"our first CLIP loss is {first['CLIP']}, the plain one {first['plain CLIP']}; they differ")
     settings |= {key: getattr(arguments, key) for key in ("max_boxes", "caption_tokens", "phrase_tokens")}
-    report = {**settings, "first_loss_difference": difference, **report_of(in_turn(steps, arguments.rounds, device), BARS, device)}
+    report = {
+        **settings,
+        "first_loss_difference": difference,
+        **report_of(in_turn(steps, arguments.rounds, device), BARS, device),
+    }
     print(", ".join(f"{key} {value}" for key, value in settings.items()) + f", first losses differ by {difference:.0e}")
     show(report, arguments.out)
     torch.distributed.destroy_process_group()
