@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encoder.data.plain_pickle import read_plain_pickle
+from encoder.data.sources.refcoco import refs_file
 from encoder.errors import DataError
 from eval.coco_files import Instances, read_instances
 from eval.predictions import Target
@@ -58,7 +59,7 @@ class RefcocoFiles:
         folder = Path(folder)
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder; --data is the one that holds refs(...).p and instances.json")
-        path = _refs_file(folder, split_by)
+        path = refs_file(folder, split_by)
         refs = read_plain_pickle(path)
         if not isinstance(refs, list):
             raise DataError(f"{path}: holds a {type(refs).__name__}, a list of referred objects was expected")
@@ -122,16 +123,6 @@ class RefcocoFiles:
         if num_questions < all_questions:
             return f"PARTIAL: {num_questions} of {all_questions}"
         return "own data" if own else "published"
-
-
-def _refs_file(folder: Path, split_by: str | None) -> Path:
-    found = sorted(folder.glob("refs(*).p"))
-    if split_by is not None:
-        return folder / f"refs({split_by}).p"
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder} must hold one refs(...).p, it holds {names}; choose with --split-by unc|umd|google")
-    return found[0]
 
 
 def _row(ref: dict, where: str, instances: Instances) -> dict:

@@ -21,7 +21,7 @@ def read_refcoco(folder: Path, images: Path, split: str = "train", split_by: str
     """
     check_folder(folder, "--annotations")
     check_folder(images, "--images")
-    path, tables = _refs_file(Path(folder), split_by), Path(folder) / "instances.json"
+    path, tables = refs_file(Path(folder), split_by), Path(folder) / "instances.json"
     pictures, annotations, _ = read_tables(tables)
     refs = _read_refs(path)
     by_image: dict[int, list[dict]] = {}
@@ -65,7 +65,8 @@ def held_out_images(paths: list[Path]) -> frozenset[int]:
     return frozenset(ref["image_id"] for file in files for ref in _read_refs(file) if ref["split"] != "train")
 
 
-def _refs_file(folder: Path, split_by: str | None) -> Path:
+def refs_file(folder: Path, split_by: str | None) -> Path:
+    """The refs(...).p of a folder: the one there is, or that of `split_by`."""
     found = sorted(folder.glob("refs(*).p"))
     if split_by is not None:
         return folder / f"refs({split_by}).p"
