@@ -26,9 +26,9 @@ from encoder.pretrained import load_vision_tower
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
 from mllm.conversation import choose_template
-from mllm.data import texts_of
 from mllm.image_input import ImageInput
 from mllm.packing import attends_to_all
+from mllm.records import texts_of
 from mllm.tokenizer import add_image_token, fast_tokenizer, train_sentencepiece
 
 

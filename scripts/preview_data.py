@@ -20,7 +20,7 @@ from tqdm import tqdm
 from encoder.data.reader import IMAGE_ERRORS, RegionDataset
 from encoder.errors import DataError, run_main
 from encoder.geometry import Geometry
-from mllm.data import check_record, read_records
+from mllm.records import check_record, read_records
 
 CELL = 300  # px of a drawn square
 LINE = 14  # px of a line of text
