@@ -39,6 +39,19 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return paired_iou(boxes_a[:, None], boxes_b[None])
 
 
+def paired_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Generalised IoU of boxes at the same index, (..., 4) x (..., 4) -> (...) in [-1, 1]: IoU less the share of the smallest
+    box around both that neither covers (arXiv 1902.09630, Eq. 3)."""
+    left_top = torch.maximum(boxes_a[..., :2], boxes_b[..., :2])
+    right_bottom = torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:])
+    intersection = box_area(torch.cat([left_top, right_bottom], dim=-1))
+    union = box_area(boxes_a) + box_area(boxes_b) - intersection
+    corners = torch.minimum(boxes_a[..., :2], boxes_b[..., :2]), torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:])
+    around = box_area(torch.cat(corners, dim=-1))
+    tiny = torch.finfo(union.dtype).eps
+    return intersection / union.clamp(min=tiny) - (around - union) / around.clamp(min=tiny)
+
+
 def clip_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
     """(..., 4) -> (..., 4) with every corner moved into [0, width] x [0, height]."""
     limit = boxes.new_tensor([width, height, width, height])

@@ -10,12 +10,18 @@ from transformers import CLIPConfig, SiglipConfig
 from encoder.errors import DataError
 
 READOUTS = ("mean", "prompt")
+# Settings of parts that a model without a Prompter does not have, and the values that leave them alone. The rest of the
+# Prompter's fields are a preset's to set, or serve the position table too.
+PROMPTER_ONLY = {"prompter_shared": True, "box_token": "corners", "normalize_text_prompt": False, "box_head_width": None}
 
 
 @dataclass(kw_only=True)
 class RegionConfig:
     """What CLOC adds to a tower's configuration: the Prompter's fields, the same for every kind of tower.
 
+    region_encoder: how a box becomes a feature, by the `prompter`, or by `roi_align`: the mean of bilinear samples of the
+        tower's patch tokens inside the box, then a projection (the paper's ablation). The latter has no Prompter and no
+        BoxHead: it takes no text prompt, gives no box, and is trained without the grounding loss
     prompter_readout: what becomes the region feature: `mean` of all tokens after the layer (the paper's "global average
         pooler"), or the mean of the `prompt` tokens alone (one layer no longer has to route the box into every patch)
     prompter_tokens: which image tokens the Prompter sees, `all` (CLS and patches) or `patches`
@@ -32,6 +38,7 @@ class RegionConfig:
     geometry: how an image becomes the square input, `pad` (the paper's) or `squash`
     """
 
+    region_encoder: str = "prompter"
     prompter_readout: str = "mean"
     prompter_tokens: str = "all"
     prompter_shared: bool = True
@@ -49,6 +56,7 @@ class RegionConfig:
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._check_choices(
+            region_encoder=("prompter", "roi_align"),
             prompter_readout=READOUTS,
             prompter_tokens=("all", "patches"),
             box_token=("corners", "joint"),
@@ -61,6 +69,13 @@ class RegionConfig:
         if not 0 < self.box_min_frequency < self.box_max_frequency:
             raise self._error(
                 f"box_min_frequency {self.box_min_frequency} must lie between 0 and box_max_frequency {self.box_max_frequency}"
+            )
+
+        unused = [key for key, value in PROMPTER_ONLY.items() if getattr(self, key) != value]
+        if self.region_encoder == "roi_align" and unused:
+            raise self._error(
+                f"{unused[0]} is {getattr(self, unused[0])!r} with region_encoder 'roi_align', which has no Prompter; leave it "
+                f"at {PROMPTER_ONLY[unused[0]]!r}"
             )
 
     def _check_choices(self, **allowed: tuple[str, ...]) -> None:

@@ -144,7 +144,7 @@ def state_bytes(model: nn.Module, stage: int | None, processes: int, ema: bool =
 
 def encoder_config(config: PretrainConfig, loss_config: LossConfig) -> ClocConfig:
     """The configuration of the model that a pretraining run trains, read without its weights."""
-    fields = {} if config.prompter_readout is None else {"prompter_readout": config.prompter_readout}
+    fields = config.region_fields()
     if loss_config.contrastive == "sigmoid":
         fields["logit_bias_init_value"] = -10.0
     if not config.init:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from encoder.boxes import paired_giou
 from encoder.contrastive import contrastive_loss
 from encoder.distributed import gather_counts
 from encoder.errors import DataError
 from encoder.model import ClocOutput
+
+GROUNDING_NORMS = ("mse", "l2", "l1_giou")
 
 
 @dataclass
@@ -25,7 +28,8 @@ class LossConfig:
     region_loss_weight, grounding_loss_weight: of the two region losses, before the label-coverage factor (Table A: 1.0)
     label_coverage: multiply both by the fraction of the batch's images that have regions (the paper's lambda)
     similar_text_threshold: cosine above which another region's text is no negative (Section 3.4); None filters nothing
-    grounding_norm: `mse`, the mean over the four coordinates, or `l2`, a quarter of the Euclidean norm (Eq. 3 reads both ways)
+    grounding_norm: `mse`, the mean over the four coordinates, or `l2`, a quarter of the Euclidean norm (Eq. 3 reads both
+        ways); or, not the paper's, `l1_giou`: the mean absolute difference of the coordinates plus 1 - generalised IoU
     max_logit_scale: the temperature's bound, as a scale (CLIP's 100)
     block_size: rows and columns of the blocks in which the matrix of logits is computed; changes memory and speed alone
     """
@@ -44,8 +48,8 @@ class LossConfig:
             raise DataError(f"LossConfig.contrastive is '{self.contrastive}'; choose softmax or sigmoid")
         if self.block_size < 1:
             raise DataError(f"LossConfig.block_size is {self.block_size}; a block has at least one row")
-        if self.grounding_norm not in ("mse", "l2"):
-            raise DataError(f"LossConfig.grounding_norm is '{self.grounding_norm}'; choose mse or l2")
+        if self.grounding_norm not in GROUNDING_NORMS:
+            raise DataError(f"LossConfig.grounding_norm is '{self.grounding_norm}'; choose one of {', '.join(GROUNDING_NORMS)}")
         if self.similar_text_threshold is not None and not 0 < self.similar_text_threshold <= 1:
             raise DataError(f"LossConfig.similar_text_threshold is {self.similar_text_threshold}; a cosine in (0, 1] is needed")
 
@@ -58,7 +62,13 @@ def bounded_scale(logit_scale: Tensor, max_scale: float) -> Tensor:
 
 def grounding_loss(predicted_boxes: Tensor, boxes: Tensor, total: int, norm: str = "mse") -> Tensor:
     """This rank's share of Eq. 3 over `total` regions of all ranks: predicted and true (R, 4) xyxy in [0, 1]."""
-    squared = (predicted_boxes.float() - boxes.float()).square().sum(-1)
+    predicted_boxes, boxes = predicted_boxes.float(), boxes.float()
+    if norm == "l1_giou":
+        corners_R22 = predicted_boxes.unflatten(-1, (2, 2))  # the head is linear and may cross them
+        ordered_R4 = torch.cat([corners_R22.amin(-2), corners_R22.amax(-2)], dim=-1)
+        distance = (predicted_boxes - boxes).abs().mean(-1) + 1 - paired_giou(ordered_R4, boxes)
+        return distance.sum() / max(total, 1)
+    squared = (predicted_boxes - boxes).square().sum(-1)
     distance = squared if norm == "mse" else (squared + 1e-12).sqrt()
     return distance.sum() / (4 * max(total, 1))
 
@@ -94,11 +104,18 @@ def cloc_losses(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | 
         config.block_size,
     )
     total = region_report["count"]
-    grounding_share = grounding_loss(output.predicted_boxes, boxes, total, config.grounding_norm)
     labelled = sum(gather_counts(len(torch.unique(image_index)), image_index.device))
     coverage = labelled / clip_report["count"] if config.label_coverage else 1.0
     losses["region_loss"] = coverage * config.region_loss_weight * region_share
-    losses["grounding_loss"] = coverage * config.grounding_loss_weight * grounding_share
-    report |= {"region_loss": region_share.detach(), "grounding_loss": grounding_share.detach()}
+    report["region_loss"] = region_share.detach()
+    if output.predicted_boxes is not None:
+        grounding_share = grounding_loss(output.predicted_boxes, boxes, total, config.grounding_norm)
+        losses["grounding_loss"] = coverage * config.grounding_loss_weight * grounding_share
+        report["grounding_loss"] = grounding_share.detach()
+    elif config.grounding_loss_weight:
+        raise DataError(
+            f"LossConfig.grounding_loss_weight is {config.grounding_loss_weight:g} but the model has region_encoder 'roi_align', "
+            "which predicts no box from a text; set it to 0"
+        )
     report |= {"masked_fraction": region_report["masked_fraction"], "regions": total, "coverage": coverage}
     return losses, report

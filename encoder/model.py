@@ -17,10 +17,12 @@ from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from encoder.config import ClocConfig, RegionConfig
+from encoder.errors import DataError
 from encoder.prompter import BoxHead, BoxInput, Prompter, PromptLayer, sinusoids
+from encoder.roi_align import RoiPooler
 
 # Parameters that CLOC adds to its towers' model, by the start of their names.
-ADDED = ("prompter.", "text_prompter.", "box_head.", "region_logit_scale", "region_logit_bias")
+ADDED = ("prompter.", "text_prompter.", "roi_pooler.", "box_head.", "region_logit_scale", "region_logit_bias")
 
 
 @dataclass
@@ -37,7 +39,7 @@ class ClocOutput:
 
     image_feat, text_feat: (B, E) of the images and their captions
     region_feat, region_text_feat: (R, E) of the box prompts and of the regions' own texts
-    predicted_boxes: (R, 4) xyxy in [0, 1], from the text prompts
+    predicted_boxes: (R, 4) xyxy in [0, 1], from the text prompts; None where the model has no Prompter
     logit_scale, region_logit_scale: (), log of 1/temperature of the image-text and the region-text loss
     logit_bias, region_logit_bias: (), of the sigmoid loss; None where the model has none
     """
@@ -64,8 +66,10 @@ class RegionEncoder:
 
     def __init__(self, config: RegionConfig):
         super().__init__(config)
-        self.prompter = Prompter(config, texts=config.prompter_shared)
+        prompts = config.region_encoder == "prompter"
+        self.prompter = Prompter(config, texts=config.prompter_shared) if prompts else None
         self.text_prompter = None if config.prompter_shared else Prompter(config, boxes=False)
+        self.roi_pooler = None if prompts else RoiPooler(config)
         own = config.region_temperature == "own"
         if not hasattr(self, "logit_bias"):  # a stock SigLIP has one
             bias = config.logit_bias_init_value
@@ -75,7 +79,7 @@ class RegionEncoder:
             shared = getattr(self, name)
             copy = nn.Parameter(shared.detach().clone()) if needed and shared is not None else None
             self.register_parameter(f"region_{name}", copy)
-        self.box_head = BoxHead(config)
+        self.box_head = BoxHead(config) if prompts else None
         self.post_init()
 
     @classmethod
@@ -112,6 +116,8 @@ class RegionEncoder:
                 init.normal_(module.text_input.weight, std=module.text_input.in_features**-0.5)
             if module.corner_embedding is not None:
                 init.normal_(module.corner_embedding, std=0.02)
+        elif isinstance(module, RoiPooler):
+            init.normal_(module.projection.weight, std=module.projection.in_features**-0.5)
         elif isinstance(module, BoxHead):
             init.normal_(module.fc1.weight, std=module.fc1.in_features**-0.5)
             init.normal_(module.fc2.weight, std=0.02)
@@ -119,10 +125,17 @@ class RegionEncoder:
 
     def embed_boxes(self, tokens_BND: Tensor, boxes_R4: Tensor, image_index_R: Tensor) -> Tensor:
         """Region features (R, E) of boxes (R, 4), xyxy in [0, 1] of the square input, each in image `image_index_R` (R,)."""
+        if self.roi_pooler is not None:
+            return self.roi_pooler(boxes_R4, tokens_BND, image_index_R)
         return self.prompter(self.prompter.box_prompts(boxes_R4), tokens_BND, image_index_R)
 
     def embed_texts(self, tokens_BND: Tensor, text_feat_RE: Tensor, image_index_R: Tensor) -> Tensor:
-        """Grounded features (R, E) of text features (R, E), each looked for in image `image_index_R` (R,)."""
+        """Grounded features (R, E) of text features (R, E), each looked for in image `image_index_R` (R,).
+
+        Raises DataError for a model with `region_encoder="roi_align"`: it reads boxes and takes no text prompt.
+        """
+        if self.prompter is None:
+            raise DataError("this model was trained with region_encoder 'roi_align', which takes no text prompt and gives no box")
         prompter = self.text_prompter or self.prompter
         return prompter(prompter.text_prompts(text_feat_RE), tokens_BND, image_index_R)
 
@@ -157,7 +170,9 @@ class RegionEncoder:
         if region_text_index is not None:
             region_text_feat = region_text_feat[region_text_index]
         region_feat = self.embed_boxes(image.tokens, boxes, image_index)
-        predicted_boxes = self.predict_boxes(self.embed_texts(image.tokens, region_text_feat, image_index))
+        predicted_boxes = None
+        if self.box_head is not None:
+            predicted_boxes = self.predict_boxes(self.embed_texts(image.tokens, region_text_feat, image_index))
         return ClocOutput(image.feat, text_feat, region_feat, region_text_feat, predicted_boxes, **logits)
 
     def _logit_parameters(self) -> dict[str, Tensor]:

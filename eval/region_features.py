@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from encoder.errors import DataError
 from encoder.processor import ClocProcessor
+from encoder.roi_align import points_per_side, roi_align
 from eval.region_masks import box_weights, patch_weights, pool_under
 
 FEATURES = ("prompter", "roialign", "crop", "maskpool")
@@ -58,22 +59,6 @@ def dense_features(model: PreTrainedModel, pixel_values: Tensor, layer: int) -> 
         patches_BNE = model.visual_projection(tower.post_layernorm(hidden[:, 1:]))
     side = round(patches_BNE.shape[1] ** 0.5)
     return patches_BNE.transpose(1, 2).unflatten(2, (side, side))
-
-
-def roi_align(maps_BEGG: Tensor, boxes_R4: Tensor, image_index_R: Tensor, num_samples: int) -> Tensor:
-    """Mean of bilinear samples on a regular grid inside each box: RoIAlign with a 1x1 output, `aligned`.
-
-    maps_BEGG: (B, E, G, G); boxes_R4: (R, 4) xyxy in [0, 1] of the square input; image_index_R: (R,)
-    num_samples: points per side of the grid. Returns (R, E). Source: arXiv 1703.06870, Section 3.
-    """
-    steps = (torch.arange(num_samples, device=boxes_R4.device, dtype=boxes_R4.dtype) + 0.5) / num_samples
-    x = boxes_R4[:, 0:1] + steps * (boxes_R4[:, 2:3] - boxes_R4[:, 0:1])
-    y = boxes_R4[:, 1:2] + steps * (boxes_R4[:, 3:4] - boxes_R4[:, 1:2])
-    points = torch.stack([x[:, None, :].expand(-1, num_samples, -1), y[:, :, None].expand(-1, -1, num_samples)], dim=-1)
-    # Without align_corners, -1 and 1 are the outer edges of the corner patches: exactly 0 and 1 of our frame.
-    grid = (2 * points - 1).to(maps_BEGG.dtype)
-    samples = F.grid_sample(maps_BEGG[image_index_R], grid, padding_mode="border", align_corners=False)
-    return samples.mean(dim=(2, 3))
 
 
 def crop_boxes(image: Image.Image, boxes_px: list[Box], scale: float) -> list[Image.Image]:
@@ -135,5 +120,4 @@ class RegionFeatures:
                 for (geometry, box), mask in zip(of_boxes, masks, strict=True)
             ]
             return pool_under(maps, torch.stack(weights).to(device), image_index_R)
-        # One point per patch side and more: no patch inside a large box is stepped over.
-        return roi_align(maps, boxes_R4, image_index_R, num_samples=max(4, maps.shape[-1]))
+        return roi_align(maps, boxes_R4, image_index_R, points_per_side(maps.shape[-1]))

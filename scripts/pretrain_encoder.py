@@ -97,7 +97,7 @@ def texts_of(dataset: RegionDataset) -> Iterator[str]:
 
 def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
     """The model to train, the same on every rank, and its processor."""
-    fields = {} if config.prompter_readout is None else {"prompter_readout": config.prompter_readout}
+    fields = config.region_fields()
     kind = folder_kind(config.init) if config.init else None
     adds_biases = loss_config.contrastive == "sigmoid" and not has_biases(config.init, kind)
     if adds_biases:
@@ -162,8 +162,10 @@ def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, conf
             print(f"done: {config.steps} steps, the {config.objective} encoder is in {output / 'model'}", flush=True)
 
 
-def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfig) -> None:
-    """One run, from the records to the saved model, in the process group that is there."""
+def prepare(
+    dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfig
+) -> tuple[ClocModel, ClocProcessor, RegionBatches]:
+    """All that `encoder.pretraining.pretrain` takes: the model at its start, its processor, and the batches."""
     model, processor = make_model(config, loss_config, dataset)
     if config.objective == "clip":
         # Same initial towers as the method's; the Prompter takes no part and is not saved.
@@ -182,8 +184,13 @@ def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfi
         lanes=config.lanes,
         window=config.shuffle_window,
     )
-    engine = pretrain(model, processor, batches, config, loss_config)
-    save_final(engine, processor, config, loss_config)
+    return model, processor, batches
+
+
+def train(dataset: RegionDataset, config: PretrainConfig, loss_config: LossConfig) -> None:
+    """One run, from the records to the saved model, in the process group that is there."""
+    model, processor, batches = prepare(dataset, config, loss_config)
+    save_final(pretrain(model, processor, batches, config, loss_config), processor, config, loss_config)
 
 
 def main() -> None:

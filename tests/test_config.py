@@ -15,6 +15,7 @@ from encoder.pretraining import PretrainConfig
 
 # Section 8 of the specification: the field for each point, and the default that it prescribes.
 OPEN_POINTS = {
+    "region_encoder": "prompter",  # or the paper's ablation, RoIAlign
     "prompter_readout": "mean",  # which tokens the "global average pooler" pools
     "region_temperature": "shared",
     "box_min_frequency": 0.5,
@@ -113,6 +114,12 @@ def test_round_trip_through_autoconfig(tmp_path):
     "fields, sentence",
     [
         ({"prompter_readout": "max"}, "ClocConfig.prompter_readout is 'max'; choose one of mean, prompt"),
+        ({"region_encoder": "crop"}, "region_encoder is 'crop'; choose one of prompter, roi_align"),
+        (
+            {"region_encoder": "roi_align", "box_token": "joint"},
+            "box_token is 'joint' with region_encoder 'roi_align', which has no",
+        ),
+        ({"region_encoder": "roi_align", "prompter_shared": False}, "no Prompter; leave it at True"),
         ({"prompter_tokens": "cls"}, "prompter_tokens is 'cls'; choose one of all, patches"),
         ({"box_token": "one"}, "box_token is 'one'; choose one of corners, joint"),
         ({"region_temperature": "none"}, "region_temperature is 'none'"),

@@ -141,6 +141,47 @@ def test_equals_the_double_loop_in_value_and_gradient(config, own):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def naive_l1_giou(predicted, box):
+    """Mean L1 plus 1 - GIoU of one pair in float64, by lengths of intervals; corners of the prediction in any order."""
+    lengths, around, sides_a, sides_b = [], [], [], []
+    for axis in range(2):
+        first, last = sorted((predicted[axis], predicted[axis + 2]), key=float)
+        start, end = box[axis], box[axis + 2]
+        overlap = min(last, end, key=float) - max(first, start, key=float)
+        lengths.append(overlap if overlap > 0 else 0 * overlap)
+        around.append(max(last, end, key=float) - min(first, start, key=float))
+        sides_a.append(last - first), sides_b.append(end - start)
+    intersection, hull = lengths[0] * lengths[1], around[0] * around[1]
+    union = sides_a[0] * sides_a[1] + sides_b[0] * sides_b[1] - intersection
+    giou = intersection / union - (hull - union) / hull
+    return sum((predicted[k] - box[k]).abs() for k in range(4)) / 4 + 1 - giou
+
+
+def test_l1_and_generalised_iou_equal_the_formula_in_value_and_gradient():
+    boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]] * 5)
+    predicted = torch.tensor(
+        [
+            [0.25, 0.2, 0.55, 0.9],  # crossing it
+            [0.3, 0.4, 0.5, 0.6],  # inside
+            [0.7, 0.8, 0.9, 1.1],  # beside it and out of the picture
+            [0.5, 0.65, 0.1, 0.25],  # corners crossed
+            [0.1, 0.1, 0.9, 0.95],  # around it
+        ],
+        requires_grad=True,
+    )
+    loss = grounding_loss(predicted, boxes, 7, "l1_giou")
+    exact = predicted.detach().double().requires_grad_()
+    reference = sum(naive_l1_giou(*pair) for pair in zip(exact, boxes.double(), strict=True)) / 7
+    assert float(loss) == pytest.approx(float(reference), rel=1e-6)
+    (got,), (expected,) = torch.autograd.grad(loss, [predicted]), torch.autograd.grad(reference, [exact])
+    assert expected.abs().min() > 0  # beside the box too, where IoU has none
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-6)
+    # The extremes: the same box, and a point in the far corner.
+    assert float(grounding_loss(boxes[:1], boxes[:1], 1, "l1_giou")) == pytest.approx(0, abs=1e-6)
+    far = grounding_loss(torch.zeros(1, 4), torch.tensor([[0.9, 0.9, 1.0, 1.0]]), 1, "l1_giou")
+    assert float(far) == pytest.approx(0.95 + 1 + 0.99, rel=1e-5)
+
+
 def test_no_gradient_goes_through_the_filter():
     """Raising the similarity of two texts across the threshold changes the loss, but no gradient asks for it."""
     leaves, output, boxes = make_output()
@@ -165,7 +206,7 @@ def test_everything_filtered_is_zero_not_nan():
     assert torch.isfinite(grad).all() and grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("norm", ["mse", "l2"])
+@pytest.mark.parametrize("norm", ["mse", "l2", "l1_giou"])
 def test_a_batch_without_regions_is_zero_and_takes_part_in_backward(norm):
     leaves, output, _ = make_output()
     empty = {"region_feat": torch.zeros(0, E), "region_text_feat": torch.zeros(0, E), "predicted_boxes": torch.zeros(0, 4)}
@@ -205,7 +246,7 @@ def test_scale_is_bounded_and_can_come_back():
 
 
 def test_contradictions_are_refused():
-    with pytest.raises(DataError, match="grounding_norm is 'l1'; choose mse or l2"):
+    with pytest.raises(DataError, match="grounding_norm is 'l1'; choose one of mse, l2, l1_giou"):
         LossConfig(grounding_norm="l1")
     with pytest.raises(DataError, match="contrastive is 'hinge'; choose softmax or sigmoid"):
         LossConfig(contrastive="hinge")

@@ -1,4 +1,4 @@
-"""Box classification: RoIAlign and crops against naive references, the command on a tiny CLOC and a tiny CLIP."""
+"""Box classification: crops against naive references, the command on a tiny CLOC and a tiny CLIP."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from eval import region_classification
 from eval.embedding import name_classifier
 from eval.predictions import load_evaluation
 from eval.prompt_templates import OPENAI80, templates_named
-from eval.region_features import RegionFeatures, crop_boxes, dense_features, roi_align
+from eval.region_features import RegionFeatures, crop_boxes, dense_features
 
 NAMES = ["apple", "bus", "red heart"]
 # As OpenAI lists them, each with " {}." behind it.
@@ -36,47 +36,6 @@ a photo of the weird, the cartoon, art of the, a drawing of the, a photo of the 
 the plushie, a dark photo of a, itap of a, graffiti of the, a toy, itap of my, a photo of a cool, a photo of a small,
 a tattoo of the
 """
-
-
-def test_roi_align_of_a_coordinate_ramp_is_the_box_centre():
-    grid = 8
-    centres = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
-    ramp = torch.stack([torch.stack([x, y]), torch.stack([x, y]) + 10])
-    boxes = torch.tensor([[0.2, 0.3, 0.5, 0.9], [0.1, 0.1, 0.12, 0.9], [0.4, 0.2, 0.6, 0.3]], dtype=torch.float64)
-    pooled = roi_align(ramp, boxes, torch.tensor([0, 1, 0]), num_samples=4)
-    expected = torch.stack([(boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2], 1)
-    expected[1] += 10
-    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-12)
-
-
-def _naive_roi_align(feature_CGG, box, num_samples):
-    """Loops in float64 over the definition: bilinear reads between pixel centres, held constant beyond the border."""
-    channels, grid, _ = feature_CGG.shape
-    total = np.zeros(channels)
-    for i in range(num_samples):
-        for j in range(num_samples):
-            x = (box[0] + (j + 0.5) / num_samples * (box[2] - box[0])) * grid - 0.5
-            y = (box[1] + (i + 0.5) / num_samples * (box[3] - box[1])) * grid - 0.5
-            x, y = min(max(x, 0), grid - 1), min(max(y, 0), grid - 1)
-            left, top = int(x), int(y)
-            right, bottom = min(left + 1, grid - 1), min(top + 1, grid - 1)
-            u, v = x - left, y - top
-            total += (1 - v) * ((1 - u) * feature_CGG[:, top, left] + u * feature_CGG[:, top, right])
-            total += v * ((1 - u) * feature_CGG[:, bottom, left] + u * feature_CGG[:, bottom, right])
-    return total / num_samples**2
-
-
-def test_roi_align_equals_a_naive_loop_also_at_the_border():
-    rng = np.random.default_rng(0)
-    maps = rng.normal(size=(2, 3, 5, 5))
-    corners = rng.uniform(0, 1, (12, 2, 2))
-    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
-    boxes[:2] = [[0, 0, 1, 1], [0, 0, 0.05, 0.05]]
-    index = rng.integers(0, 2, 12)
-    ours = roi_align(torch.tensor(maps), torch.tensor(boxes), torch.tensor(index), 3)
-    reference = [_naive_roi_align(maps[i], box, 3) for i, box in zip(index, boxes, strict=True)]
-    np.testing.assert_allclose(ours, reference, atol=1e-12)
 
 
 def test_crops_round_outwards_and_stay_inside():
