@@ -14,7 +14,7 @@ from encoder.errors import DataError
 
 CODECS = ("int1000",)
 BINS = 1000
-_BOX = re.compile(r"\[(\d{3}), (\d{3}), (\d{3}), (\d{3})\]")
+_BOX = re.compile(r"\[(\d{3}), (\d{3}), (\d{3}), (\d{3})\]", re.ASCII)
 
 
 @dataclass(frozen=True)
