@@ -8,7 +8,7 @@ from encoder.arguments import build, read_recipe
 from encoder.errors import DataError
 from encoder.geometry import MODES
 from mllm.box_text import CODECS
-from mllm.conversation import TEMPLATES
+from mllm.templates import TEMPLATES
 
 PARTS = ("projector", "llm", "tower")
 PRESETS = ("nano",)
@@ -49,7 +49,7 @@ class MllmConfig:
         MLLM folder's, or -2
     geometry: how a picture becomes the square input, pad or squash; none takes the tower's
     codec: how boxes are written: int1000
-    template: auto (the tokenizer's own where it marks the assistant's text), simple, vicuna_v1 or plain
+    template: auto (the tokenizer's own, or ours of the same text with marks), or a name of mllm/templates.py
     max_length: longest row in tokens, picture included; longer conversations are cut, and counted
     share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
         The same losses and gradients as in rows of their own, and the picture is run once

@@ -25,10 +25,10 @@ from encoder.errors import DataError
 from encoder.pretrained import load_vision_tower
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
-from mllm.conversation import choose_template
 from mllm.image_input import ImageInput
 from mllm.packing import attends_to_all
 from mllm.records import texts_of
+from mllm.templates import choose_template, end_token_ids
 from mllm.tokenizer import add_image_token, fast_tokenizer, train_sentencepiece
 
 
@@ -79,11 +79,14 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     model = join(tower, llm.to(dtype), tokenizer, layer)
     if config.projector:
         load_projector(model, config.projector)
+    template = choose_template(tokenizer, config.template)
+    if len(ends := end_token_ids(tokenizer)) > 1:  # stock code stops where the template's answers do
+        model.generation_config.eos_token_id = ends
     settings = MllmSettings(
         codec=config.codec,
         image=ImageInput.of_tower(config.tower, config.geometry),
         feature_layer=layer,
-        template=choose_template(tokenizer, config.template),
+        template=template,
         tower_path=str(config.tower),
     )
     return Mllm(model, tokenizer, settings, proto, from_scratch=bool(config.llm_preset) and not config.projector)
