@@ -7,7 +7,7 @@ from pathlib import Path
 from encoder.arguments import build, read_recipe
 from encoder.errors import DataError
 from encoder.geometry import MODES
-from mllm.box_text import CODECS
+from mllm.box_text import CODECS, DEFAULT_CODEC, BoxCodec
 from mllm.templates import TEMPLATES
 
 PARTS = ("projector", "llm", "tower")
@@ -48,7 +48,8 @@ class MllmConfig:
     feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; none takes the
         MLLM folder's, or -2
     geometry: how a picture becomes the square input, pad or squash; none takes the tower's
-    codec: how boxes are written: int1000
+    codec: how boxes are written: int1000, float2, float3 or loc_tokens (docs/training.md); none takes the MLLM folder's,
+        or int1000
     template: auto (the tokenizer's own, or ours of the same text with marks), or a name of mllm/templates.py
     max_length: longest row in tokens, picture included; longer conversations are cut, and counted
     share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
@@ -102,7 +103,7 @@ class MllmConfig:
     embedding_std: float = 0.5
     feature_layer: int | None = None
     geometry: str | None = None
-    codec: str = "int1000"
+    codec: str | None = None
     template: str = "auto"
     max_length: int = 2048
     share_pictures: bool = False
@@ -136,6 +137,8 @@ class MllmConfig:
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         self._check_words()
+        if self.codec is None and not self.model:
+            self.codec = DEFAULT_CODEC
         self._check_parts()
         self._check_numbers()
 
@@ -175,6 +178,11 @@ class MllmConfig:
                 raise DataError(f"llm and llm_preset: {both} given; name a language model's folder or a preset")
         if self.llm_preset and "llm" not in self.train:
             raise DataError("llm_preset starts from random weights, but train lacks llm; add it")
+        if not self.model and "llm" not in self.train and BoxCodec(self.codec).tokens:
+            raise DataError(
+                f"codec {self.codec} gives the language model new tokens, but train lacks llm, so none would be learned; "
+                "add it, or take another codec"
+            )
         if self.cache_features and "tower" in self.train:
             raise DataError("cache_features keeps a frozen tower's features, but train names tower; drop one of the two")
         if self.share_pictures and self.attention != "sdpa":
@@ -224,7 +232,7 @@ def check_identity(output: Path, config: MllmConfig) -> None:
     saved = json.loads(path.read_text())
     for name, value in config.identity().items():
         before = saved.get(name, getattr(MllmConfig, name, value))  # a field that came later had its default
-        if before != value:
+        if before != value and (name, value) != ("codec", None):  # the MLLM folder's, which is the same one
             raise DataError(
                 f"{path}: the checkpoints here were made with {name} = {before}, this run has {value}; "
                 f"choose another output, or pass --resume never to start over"

@@ -17,9 +17,10 @@ from transformers import (
 from encoder.costs import Cost, measure_cost
 from encoder.errors import DataError
 from encoder.pretrained import folder_kind
+from mllm.box_text import BoxCodec
 from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
 from mllm.model import freeze, join, nano_llm_config
-from mllm.tokenizer import add_image_token
+from mllm.tokenizer import add_codec_tokens, add_image_token
 
 
 def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
@@ -42,13 +43,15 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     tower = AutoConfig.from_pretrained(config.tower)
     tower = getattr(tower, "vision_config", tower)
     layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
+    codec = BoxCodec(config.codec)
     if config.llm_preset:
-        parts = {"vision_config": tower, "text_config": nano_llm_config(config, config.vocab_size)}
+        parts = {"vision_config": tower, "text_config": nano_llm_config(config, config.vocab_size + len(codec.tokens))}
         tokens = (tower.image_size // tower.patch_size) ** 2
         return LlavaForConditionalGeneration(LlavaConfig(**parts, image_seq_length=tokens, vision_feature_layer=layer))
     _read_json(Path(config.llm) / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     add_image_token(tokenizer)
+    add_codec_tokens(tokenizer, codec)
     llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), attn_implementation=config.attention)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)

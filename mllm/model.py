@@ -23,13 +23,14 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoder.errors import DataError
 from encoder.pretrained import load_vision_tower
+from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
 from mllm.image_input import ImageInput
 from mllm.packing import attends_to_all
 from mllm.records import texts_of
 from mllm.templates import choose_template, end_token_ids
-from mllm.tokenizer import add_image_token, fast_tokenizer, train_sentencepiece
+from mllm.tokenizer import add_codec_tokens, add_image_token, fast_tokenizer, train_sentencepiece
 
 
 @dataclass
@@ -114,6 +115,7 @@ def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     texts = (text for path in config.tokenizer_data or config.data for text in texts_of(path))
     proto = train_sentencepiece(texts, config.vocab_size)
     tokenizer = fast_tokenizer(proto, config.max_length)
+    add_codec_tokens(tokenizer, BoxCodec(config.codec))
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     llm = LlamaForCausalLM(nano_llm_config(config, len(tokenizer), **ids))
     nn.init.normal_(llm.get_input_embeddings().weight, std=config.embedding_std)
@@ -148,6 +150,7 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         reason = " ".join(str(error).split())
         raise DataError(f"language model {config.llm} cannot be read ({reason}); copy or save the folder again") from error
     add_image_token(tokenizer)
+    add_codec_tokens(tokenizer, BoxCodec(config.codec))
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     return llm, tokenizer, None
