@@ -45,8 +45,8 @@ class MllmConfig:
     llm_mlp_ratio: its MLP width as a multiple of its width
     embedding_std: standard deviation of the preset's token embeddings and, through the projector, of image tokens;
         at Llama's 0.02 a small model from scratch never learned to read positions, at 0.5 it did
-    feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; none takes the
-        MLLM folder's, or -2
+    feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; several stand side by
+        side, as in Llava's vision_feature_layer; none takes the MLLM folder's, or -2
     geometry: how a picture becomes the square input, pad or squash; none takes the tower's
     codec: how boxes are written: int1000, float2, float3 or loc_tokens (docs/training.md); none takes the MLLM folder's,
         or int1000
@@ -101,7 +101,7 @@ class MllmConfig:
     llm_heads: int = 6
     llm_mlp_ratio: float = 3.0
     embedding_std: float = 0.5
-    feature_layer: int | None = None
+    feature_layer: int | list[int] | None = None
     geometry: str | None = None
     codec: str | None = None
     template: str = "auto"
@@ -216,6 +216,10 @@ class MllmConfig:
     def identity(self) -> dict:
         """The fields that make this run this run: a checkpoint goes on only under the same ones."""
         return {name: value for name, value in vars(self).items() if name not in FREE_FIELDS}
+
+
+def layers_of(feature_layer: int | list[int]) -> list[int]:
+    return [feature_layer] if isinstance(feature_layer, int) else feature_layer
 
 
 def load_config(recipe: str | Path | None, flags: dict) -> MllmConfig:

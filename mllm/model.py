@@ -1,4 +1,4 @@
-"""The MLLM assembled: any CLIP-like tower, a two-layer projector, any causal language model, as a stock Llava.
+"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava.
 
 (S sampled image tokens, D the tower's width, H the language model's width.)
 """
@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,7 +26,7 @@ from encoder.errors import DataError
 from encoder.pretrained import load_vision_tower
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
-from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
+from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig, layers_of
 from mllm.image_input import ImageInput
 from mllm.packing import attends_to_all
 from mllm.records import texts_of
@@ -67,11 +68,12 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     tower = load_vision_tower(config.tower, dtype)
     tower.set_attn_implementation(config.attention)
     layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
-    if not -tower.config.num_hidden_layers - 1 <= layer <= tower.config.num_hidden_layers:
-        raise DataError(
-            f"feature_layer is {layer}, but the tower {config.tower} has {tower.config.num_hidden_layers} layers; "
-            "choose one of them, -1 is the last"
-        )
+    for number in layers_of(layer):
+        if not -tower.config.num_hidden_layers - 1 <= number <= tower.config.num_hidden_layers:
+            raise DataError(
+                f"feature_layer is {number}, but the tower {config.tower} has {tower.config.num_hidden_layers} layers; "
+                "choose one of them, -1 is the last"
+            )
     torch.manual_seed(config.seed)  # after the tower: two towers of one size then meet the same initial weights
     if config.llm_preset:
         llm, tokenizer, proto = _nano_llm(config)
@@ -156,20 +158,28 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return llm, tokenizer, None
 
 
-def join(
-    tower: PreTrainedModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, feature_layer: int
-) -> LlavaForConditionalGeneration:
-    """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
-    config = LlavaConfig(
+def llava_config(
+    tower: PreTrainedModel, text_config: PreTrainedConfig, feature_layer: int | list[int], **token_ids: int
+) -> LlavaConfig:
+    """The stock configuration of a Llava on this tower: its sizes, and whether its first token is no patch."""
+    return LlavaConfig(
         vision_config=tower.config,
-        text_config=llm.config,
-        image_token_index=add_image_token(tokenizer),
+        text_config=text_config,
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default",
+        # "default" leaves out the first token, which is CLIP's CLS; SigLIP has none.
+        vision_feature_select_strategy="default" if hasattr(tower.embeddings, "class_embedding") else "full",
         projector_hidden_act="gelu",
-        pad_token_id=tokenizer.pad_token_id,
+        **token_ids,
     )
+
+
+def join(
+    tower: PreTrainedModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, feature_layer: int | list[int]
+) -> LlavaForConditionalGeneration:
+    """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
+    ids = {"image_token_index": add_image_token(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = llava_config(tower, llm.config, feature_layer, **ids)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower

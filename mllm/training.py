@@ -136,7 +136,11 @@ def _collator(config: MllmConfig, mllm: Mllm, dataset, val_dataset, output: Path
         cached = {name: cache_features(mllm.model, part, folder, progress=rank() == 0) for name, part in sets.items()}
         tower.to("cpu")
     if mllm.from_scratch and dataset.image_files:
-        sample = sample_features(cached["train"]) if config.cache_features else measure_features(mllm.model, dataset)
+        sample = (
+            sample_features(cached["train"], dataset.num_image_tokens)
+            if config.cache_features
+            else measure_features(mllm.model, dataset)
+        )
         torch.manual_seed(config.seed)
         fit_projector(mllm.model.model.multi_modal_projector, sample, config.embedding_std)
     if not config.cache_features:
