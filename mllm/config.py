@@ -35,8 +35,8 @@ class MllmConfig:
     learning_rate: peak rate of the language model, and of each part without a rate of its own
     projector_learning_rate: peak rate of the projector
     tower_learning_rate: peak rate of the tower
-    val_data: conversation files for a held-out loss, measured every val_every steps
-    val_every: steps between two held-out losses
+    val_data: conversation files for a held-out loss and accuracy of tokens, measured every val_every steps
+    val_every: steps between two such measurements
     tokenizer_data: conversation files that the preset's tokenizer is trained on; data if empty. Name later domains too
     vocab_size: pieces of the preset's tokenizer, at most
     llm_width: width of the preset's language model
@@ -67,6 +67,8 @@ class MllmConfig:
     seed: of initial weights and data order
     precision: bf16 (autocast; under DeepSpeed bf16 weights with a float32 master copy) or fp32
     zero: DeepSpeed configuration file; none trains without DeepSpeed
+    loss_block: supervised tokens whose logits are in memory at once; 0 has all logits of a batch; none takes as many
+        as make 32 million logits where the vocabulary is above 8192, else 0
     gradient_checkpointing: recompute activations in the backward pass
     attention: transformers' attention: sdpa or eager
     cache_features: run the frozen tower once per picture and keep its features on disk
@@ -120,6 +122,7 @@ class MllmConfig:
     seed: int = 0
     precision: str = "bf16"
     zero: str | None = None
+    loss_block: int | None = None
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
     cache_features: bool = False
@@ -202,6 +205,8 @@ class MllmConfig:
         for name in ("max_steps", "save_every", "workers", "weight_decay", "warmup"):
             if getattr(self, name) < 0:
                 raise DataError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.loss_block is not None and self.loss_block < 0:
+            raise DataError(f"loss_block is {self.loss_block}; give the tokens of a block, or 0 for no blocks")
         if self.llm_width % (2 * self.llm_heads):
             raise DataError(
                 f"llm_width {self.llm_width} is not an even multiple of llm_heads {self.llm_heads}; rotary heads need it"

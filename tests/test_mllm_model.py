@@ -21,7 +21,7 @@ from mllm.checkpoint import load_mllm, save_mllm
 from mllm.config import MllmConfig
 from mllm.generation import GroundingModel
 from mllm.model import build_mllm, fit_projector, freeze, part_of
-from mllm.training import parameter_groups
+from mllm.trainer import parameter_groups
 
 
 @pytest.fixture(scope="module")
