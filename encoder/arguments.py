@@ -32,12 +32,18 @@ def field_help(cls: type) -> dict[str, str]:
     return texts
 
 
+def _options(annotation) -> list:
+    """The types that a field may have, None left out."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return [option for option in options if option is not types.NoneType]
+
+
 def _parse_value(annotation, text: str, name: str):
-    """A flag's text as the field's type; `none` where the type allows it."""
+    """A flag's text as the field's type, the first where there are several; `none` where the type allows it."""
     if isinstance(annotation, types.UnionType):
         if text.lower() == "none":
             return None
-        annotation = next(option for option in typing.get_args(annotation) if option is not types.NoneType)
+        annotation = _options(annotation)[0]
     if annotation is bool:
         if text.lower() not in ("true", "false"):
             raise argparse.ArgumentTypeError(f"--{name} is '{text}'; write true or false")
@@ -52,11 +58,12 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str | None = N
     group, texts = parser.add_argument_group(title or cls.__name__), field_help(cls)
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        options = _options(field.type)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         note = "required" if required else f"default {default}"
         text = f"{texts.get(field.name, '')} ({note})".replace("%", "%%")
-        is_list = typing.get_origin(field.type) is list
-        item = typing.get_args(field.type)[0] if is_list else field.type
+        is_list = any(typing.get_origin(option) is list for option in options)
+        item = typing.get_args(field.type)[0] if len(options) == 1 and is_list else field.type
 
         def parse(value, item=item, name=field.name):
             return _parse_value(item, value, name)
@@ -102,9 +109,14 @@ WORDS = {float: "a number", int: "a whole number", str: "a text", bool: "true or
 def _checked(annotation, value, name: str):
     """`value` as the field's type; a value of another kind is refused. YAML reads 1e-3 as a string: numbers may be text."""
     if isinstance(annotation, types.UnionType):
+        options = _options(annotation)
+        if isinstance(value, list) and len(value) == 1 and len(options) > 1:  # of a flag that takes one or several
+            value = value[0]
         if value is None:
             return None
-        annotation = next(option for option in typing.get_args(annotation) if option is not types.NoneType)
+        annotation = options[-1] if isinstance(value, list) else options[0]
+        if isinstance(value, list) and len(options) > 1:
+            return [_checked(options[0], item, name) for item in value]
     kind = typing.get_origin(annotation) or annotation
     if kind in (float, int):
         number = _number(value)

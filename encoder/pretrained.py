@@ -113,7 +113,28 @@ def load_processor(
     return processor
 
 
+def load_image_processor(source: str | Path) -> ClocImageProcessor:
+    """How an encoder's pictures are prepared; its folder needs no tokenizer for that."""
+    source = Path(source)
+    kind = folder_kind(source)
+    if kind in ("cloc", "cloc_siglip") and (source / "processor_config.json").is_file():
+        return ClocProcessor.from_pretrained(source).image_processor
+    return ClocImageProcessor(**_read_settings(source, kind, None)[0])
+
+
 def _make_processor(source: Path, kind: str, tokenizer: str | Path | None, open_clip_config) -> ClocProcessor:
+    settings, limits, lowercase = _read_settings(source, kind, open_clip_config)
+    folder = source.parent if source.is_file() else source
+    return ClocProcessor(
+        ClocImageProcessor(**settings),
+        _load_tokenizer(Path(tokenizer or folder), limits) if limits else None,
+        lowercase=lowercase,
+        text_padding="max_length" if "siglip" in kind else "longest",
+    )
+
+
+def _read_settings(source: Path, kind: str, open_clip_config) -> tuple[dict, dict, bool]:
+    """(fields of a `ClocImageProcessor`, configuration of the text tower or nothing, whether texts are lower-cased)."""
     is_siglip = "siglip" in kind
     settings = {"image_mean": SIGLIP_MEAN, "image_std": SIGLIP_STD} if is_siglip else {}
     lowercase, folder = True, source.parent if source.is_file() else source
@@ -134,12 +155,7 @@ def _make_processor(source: Path, kind: str, tokenizer: str | Path | None, open_
                 saved = saved.get("image_processor", saved)
                 settings |= {key: saved[key] for key in ("image_mean", "image_std", "geometry") if key in saved}
     settings = {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD, "size": vision.get("image_size", 224), **settings}
-    return ClocProcessor(
-        ClocImageProcessor(**settings),
-        _load_tokenizer(Path(tokenizer or folder), limits) if limits else None,
-        lowercase=lowercase,
-        text_padding="max_length" if is_siglip else "longest",
-    )
+    return settings, limits, lowercase
 
 
 def _load_tokenizer(folder: Path, limits: dict) -> PreTrainedTokenizerBase:

@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from encoder.boxes import box_area
 from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
+from encoder.distributed import rank, world_size
 from encoder.errors import DataError
 from encoder.model import RegionEncoder
 from encoder.pretrained import load_encoder, load_processor, weights_hash
 from eval.predictions import Prediction, PredictionLog, Target
+from eval.processes import best_device
 from mllm.generation import GroundingModel
 from mllm.image_input import read_picture
 
@@ -129,21 +131,24 @@ def refuse_cutting_geometry(where: Path, mode: str) -> None:
         raise DataError(f"{where}: geometry 'center_crop' cuts objects off, boxes cannot be scored; train with 'pad' or 'squash'")
 
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def answer_all(log: PredictionLog, images: Path, answer, batch_size: int, unit: str) -> None:
-    """Answers what `log` lacks, a few batches between writes, questions on one picture together.
+    """Answers what `log` lacks, a few batches between writes, questions on one picture together; of several processes
+    each takes every so many-th picture.
 
     answer: `ground` or `name` of an answerer; unit: what the progress bar counts
     """
     log.report_resumed()
-    remaining = sorted(log.remaining(), key=lambda target: target.image)
-    num_targets, step = len(log.targets), 8 * batch_size
-    with tqdm(total=num_targets, initial=num_targets - len(remaining), unit=unit, desc=log.name) as bar:
+    by_image: dict[str, list[Target]] = {}
+    for target in sorted(log.remaining(), key=lambda target: target.image):
+        by_image.setdefault(target.image, []).append(target)
+    remaining = [target for name in list(by_image)[rank() :: world_size()] for target in by_image[name]]
+    total, step = sum(map(len, by_image.values())), 8 * batch_size
+    title = log.name + (f", process 1 of {world_size()}" if world_size() > 1 else "")
+    done = len(log.targets) - total if world_size() == 1 else 0
+    with tqdm(total=len(remaining) + done, initial=done, unit=unit, desc=title, disable=rank() > 0) as bar:
         for start in range(0, len(remaining), step):
             targets = remaining[start : start + step]
             pictures = {name: read_picture(images / name) for name in {target.image: None for target in targets}}
             log.append(answer(targets, [pictures[target.image] for target in targets], batch_size))
             bar.update(len(targets))
+    log.finish()

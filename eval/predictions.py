@@ -5,7 +5,8 @@ One evaluation is one folder, `RUN/<benchmark>/<split>[/<variant>]/`:
     targets.jsonl      the questions with their true answers, one JSON object per line
     predictions.jsonl  id, image, prompt, raw text, parsed box, reason if there is none; one line per question
     scores.json        written by scoring, from the two files above alone
-Whole lines are appended and synced, so a killed run loses at most the batch it was in and goes on by id.
+Whole lines are appended and synced, so a killed run loses at most the batch it was in and goes on by id. Of several
+processes the others write `predictions.rankN.jsonl`, which is joined to predictions.jsonl when all are done, or resumed.
 """
 
 import hashlib
@@ -16,12 +17,16 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from encoder.distributed import rank, world_size
 from encoder.errors import DataError
+from eval.processes import first_does, wait_for_all
+
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Target:
     id: unique within the evaluation; image: path relative to the folder of images; width, height: its size in pixels
     text: what was asked about (an expression), empty where the question is a box
     box: xyxy, pixels of the original image; category: the object's name; kind: sort of expression, where the data say
+    boxes: all boxes of the object, where any of them or the one around them is right; empty where `box` is the only one
+    answers: words that are right; choices: words to choose among, in the order asked
     """
 
     id: str
@@ -38,9 +45,12 @@ class Target:
     width: int
     height: int
     text: str
-    box: tuple[float, float, float, float]
+    box: Box
     category: str
     kind: str = ""
+    boxes: tuple[Box, ...] = ()
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,11 @@ class Prediction:
     image: str
     prompt: str
     raw: str
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     reason: str | None = None
     place: tuple[int, int, int] | None = None
+    boxes: tuple[Box, ...] = ()
+    likelihoods: tuple[float, ...] = ()
 
 
 @dataclass
@@ -97,9 +109,18 @@ class PredictionLog:
     ):
         self.folder = Path(folder)
         self.targets, self.name = targets, f"{protocol['benchmark']}/{protocol['split']}"
-        lines = [json.dumps(asdict(target)) for target in targets]
+        lines = [as_line(target) for target in targets]
         protocol = {**protocol, "n": len(targets), "targets_sha256": _sha256(lines)}
         run = {"protocol": protocol, "model": model, "launches": [launch_record(settings)]}
+        self.cut_off = 0
+        first_does(lambda: self._open(run, lines))
+        own = "predictions.jsonl" if rank() == 0 else f"predictions.rank{rank()}.jsonl"
+        self.path = self.folder / own
+        self.answered = {prediction.id for prediction in read_predictions(self.folder / "predictions.jsonl")}
+        wait_for_all()  # nobody adds answers before all have read what there was
+        self.path.touch()
+
+    def _open(self, run: dict, lines: list[str]) -> None:
         if (self.folder / "run.json").exists():
             run = self._resumed(run)
         elif (self.folder / "predictions.jsonl").exists():
@@ -108,10 +129,30 @@ class PredictionLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / "targets.jsonl", "".join(line + "\n" for line in lines))
         write_whole(self.folder / "run.json", json.dumps(run, indent=1) + "\n")
-        path = self.folder / "predictions.jsonl"
-        path.touch()
-        self.cut_off = drop_unfinished_line(path)
-        self.answered = {prediction.id for prediction in read_predictions(path)}
+        self._join()
+
+    def _join(self) -> None:
+        """Puts what other processes wrote into predictions.jsonl; what a kill left half-written is cut off and counted.
+
+        An interruption here loses nothing: the parts go when the whole is there, and an id that is there already is skipped.
+        """
+        whole = self.folder / "predictions.jsonl"
+        whole.touch()
+        self.cut_off += drop_unfinished_line(whole)
+        parts = sorted(self.folder.glob("predictions.rank*.jsonl"))
+        if not parts:
+            return
+        self.cut_off += sum(map(drop_unfinished_line, parts))
+        known = {prediction.id for prediction in read_predictions(whole)}
+        added = [p for part in parts for p in read_predictions(part) if p.id not in known]
+        write_whole(whole, whole.read_text() + "".join(as_line(prediction) + "\n" for prediction in added))
+        for part in parts:
+            part.unlink()
+
+    def finish(self) -> None:
+        """Waits for all processes and joins their answers."""
+        wait_for_all()
+        first_does(self._join)
 
     def _resumed(self, run: dict) -> dict:
         before = read_run(self.folder)
@@ -137,8 +178,8 @@ class PredictionLog:
 
     def append(self, predictions: list[Prediction]) -> None:
         """Adds answers; they are on disk when this returns."""
-        text = "".join(json.dumps(asdict(prediction), allow_nan=False) + "\n" for prediction in predictions)
-        file = os.open(self.folder / "predictions.jsonl", os.O_WRONLY | os.O_APPEND)
+        text = "".join(as_line(prediction) + "\n" for prediction in predictions)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             data = text.encode()
             while data:
@@ -147,6 +188,19 @@ class PredictionLog:
         finally:
             os.close(file)
         self.answered.update(prediction.id for prediction in predictions)
+
+
+# Left out of a line where they are empty: files of before these fields stay equal, to the hash.
+OPTIONAL = {
+    cls: {field.name for field in fields(cls) if field.default is not MISSING and field.default == ()}
+    for cls in (Target, Prediction)
+}
+
+
+def as_line(row: Target | Prediction) -> str:
+    """One JSON object; numbers that are not finite raise ValueError."""
+    values = {key: value for key, value in asdict(row).items() if value != () or key not in OPTIONAL[type(row)]}
+    return json.dumps(values, allow_nan=False)
 
 
 def load_evaluation(folder: Path) -> Evaluation:
@@ -203,8 +257,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     predictions = []
     for row, where in _rows(path):
         try:
-            row |= {key: None if row.get(key) is None else tuple(row[key]) for key in ("box", "place")}
-            predictions.append(Prediction(**row))
+            predictions.append(Prediction(**_tuples(row)))
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: not a prediction ({error}); remove that line") from None
     return predictions
@@ -248,6 +301,7 @@ def launch_record(settings: dict[str, Any]) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "versions": {"python": platform.python_version(), **packages},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **({"processes": world_size()} if world_size() > 1 else {}),
         **settings,
     }
 
@@ -282,9 +336,15 @@ def _rows(path: Path):
 
 def _target(row: dict, where: str) -> Target:
     try:
-        return Target(**{**row, "box": tuple(row["box"])})
+        return Target(**_tuples(row))
     except (KeyError, TypeError) as error:
         raise DataError(f"{where}: not a question ({error}); remove the folder and evaluate again") from None
+
+
+def _tuples(row: dict) -> dict:
+    """JSON's lists as the tuples that they were."""
+    return {key: tuple(tuple(v) if isinstance(v, list) else v for v in value) if isinstance(value, list) else value
+            for key, value in row.items()}  # fmt: skip
 
 
 def _sha256(lines: list[str]) -> str:

@@ -105,24 +105,19 @@ class RefcocoFiles:
         """One target per referred object, id = ref_id, without text."""
         return [Target(str(r.ref_id), r.image, r.width, r.height, "", r.box, r.category) for r in self.of_split(split)]
 
-    def completeness(self, split: str, task: str, num_questions: int) -> str:
-        """How the questions evaluated stand to the published set: `published`, `own data`, or `PARTIAL: ...`.
-
-        task: `grounding` counts expressions, `naming` objects; num_questions: how many are evaluated
-        """
+    def completeness(self, split: str) -> str:
+        """How a split stands to the published set: `published`, `own data`, or `PARTIAL: ...`."""
         here = self.of_split(split)
-        whole = (len(here), sum(len(referral.sentences) for referral in here))
-        own = not all(r.image.rpartition("/")[2].startswith(PUBLISHED_IMAGES) for r in self.referrals)
-        expected = whole if own else PUBLISHED.get((self.name, self.split_by), {}).get(split)
+        if not all(r.image.rpartition("/")[2].startswith(PUBLISHED_IMAGES) for r in self.referrals):
+            return "own data"
+        expected = PUBLISHED.get((self.name, self.split_by), {}).get(split)
         if expected is None:
             return f"PARTIAL: no published count is known for {self.name}, {self.split_by}, {split}"
-        for index, unit in enumerate(("objects", "expressions")):
-            if whole[index] != expected[index]:
-                return f"PARTIAL: the file has {whole[index]} of {expected[index]} {unit}"
-        all_questions = whole[task == "grounding"]
-        if num_questions < all_questions:
-            return f"PARTIAL: {num_questions} of {all_questions}"
-        return "own data" if own else "published"
+        whole = (len(here), sum(len(referral.sentences) for referral in here))
+        for unit, found, stated in zip(("objects", "expressions"), whole, expected, strict=True):
+            if found != stated:
+                return f"PARTIAL: the file has {found} of {stated} {unit}"
+        return "published"
 
 
 def _row(ref: dict, where: str, instances: Instances) -> dict:

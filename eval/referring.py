@@ -6,12 +6,20 @@ The unit is the referred object. Right when the answer is its category's name, u
 (over objects) and macro (over categories) accuracy, each with its interval.
 """
 
-from encoder.errors import run_main
-from eval.refcoco import evaluate, parse_arguments
+from encoder.errors import DataError, run_main
+from eval.refcoco import read_parts, refcoco_parser
+from eval.runner import run_benchmark
 
 
 def main() -> None:
-    evaluate(parse_arguments(__doc__), suffix="_referring", task="naming")
+    args = refcoco_parser(__doc__).parse_args()
+
+    def ask(answerer, part):
+        if not hasattr(answerer, "name"):
+            raise DataError(f"{args.model} is an encoder, which has no words; use eval/region_classification.py for it")
+        return answerer.name
+
+    run_benchmark(args, lambda: read_parts(args, "_referring", "naming"), ask=ask, unit="box")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ REGIONS = "coords"
 class MllmSettings:
     """What `grounding.json` holds.
 
-    codec: how boxes are written; image: geometry, size and normalisation; feature_layer: the tower's projected layer
+    codec: how boxes are written; image: geometry, size and normalisation; feature_layer: the tower's projected layer(s)
     template: name of the chat template (`own`: the language model's)
     tower_path: the folder the tower came from; tower_hash: sha256 of its weights as saved here
     dtype: number format of the saved weights; trained: parts that learned, run by run; regions: how a region enters
@@ -38,7 +38,7 @@ class MllmSettings:
 
     codec: str
     image: ImageInput
-    feature_layer: int
+    feature_layer: int | list[int]
     template: str
     tower_path: str
     tower_hash: str = ""
@@ -176,7 +176,7 @@ def _write_image_settings(folder: Path, model: LlavaForConditionalGeneration, im
         "processor_class": "LlavaProcessor",
         "patch_size": model.config.vision_config.patch_size,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": int(model.config.vision_feature_select_strategy == "default"),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

@@ -7,8 +7,8 @@ from pathlib import Path
 from encoder.arguments import build, read_recipe
 from encoder.errors import DataError
 from encoder.geometry import MODES
-from mllm.box_text import CODECS
-from mllm.conversation import TEMPLATES
+from mllm.box_text import CODECS, DEFAULT_CODEC, BoxCodec
+from mllm.templates import TEMPLATES
 
 PARTS = ("projector", "llm", "tower")
 PRESETS = ("nano",)
@@ -35,8 +35,8 @@ class MllmConfig:
     learning_rate: peak rate of the language model, and of each part without a rate of its own
     projector_learning_rate: peak rate of the projector
     tower_learning_rate: peak rate of the tower
-    val_data: conversation files for a held-out loss, measured every val_every steps
-    val_every: steps between two held-out losses
+    val_data: conversation files for a held-out loss and accuracy of tokens, measured every val_every steps
+    val_every: steps between two such measurements
     tokenizer_data: conversation files that the preset's tokenizer is trained on; data if empty. Name later domains too
     vocab_size: pieces of the preset's tokenizer, at most
     llm_width: width of the preset's language model
@@ -45,11 +45,12 @@ class MllmConfig:
     llm_mlp_ratio: its MLP width as a multiple of its width
     embedding_std: standard deviation of the preset's token embeddings and, through the projector, of image tokens;
         at Llama's 0.02 a small model from scratch never learned to read positions, at 0.5 it did
-    feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; none takes the
-        MLLM folder's, or -2
+    feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; several stand side by
+        side, as in Llava's vision_feature_layer; none takes the MLLM folder's, or -2
     geometry: how a picture becomes the square input, pad or squash; none takes the tower's
-    codec: how boxes are written: int1000
-    template: auto (the tokenizer's own where it marks the assistant's text), simple, vicuna_v1 or plain
+    codec: how boxes are written: int1000, float2, float3 or loc_tokens (docs/training.md); none takes the MLLM folder's,
+        or int1000
+    template: auto (the tokenizer's own, or ours of the same text with marks), or a name of mllm/templates.py
     max_length: longest row in tokens, picture included; longer conversations are cut, and counted
     share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
         The same losses and gradients as in rows of their own, and the picture is run once
@@ -66,6 +67,8 @@ class MllmConfig:
     seed: of initial weights and data order
     precision: bf16 (autocast; under DeepSpeed bf16 weights with a float32 master copy) or fp32
     zero: DeepSpeed configuration file; none trains without DeepSpeed
+    loss_block: supervised tokens whose logits are in memory at once; 0 has all logits of a batch; none takes as many
+        as make 32 million logits where the vocabulary is above 8192, else 0
     gradient_checkpointing: recompute activations in the backward pass
     attention: transformers' attention: sdpa or eager
     cache_features: run the frozen tower once per picture and keep its features on disk
@@ -100,9 +103,9 @@ class MllmConfig:
     llm_heads: int = 6
     llm_mlp_ratio: float = 3.0
     embedding_std: float = 0.5
-    feature_layer: int | None = None
+    feature_layer: int | list[int] | None = None
     geometry: str | None = None
-    codec: str = "int1000"
+    codec: str | None = None
     template: str = "auto"
     max_length: int = 2048
     share_pictures: bool = False
@@ -119,6 +122,7 @@ class MllmConfig:
     seed: int = 0
     precision: str = "bf16"
     zero: str | None = None
+    loss_block: int | None = None
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
     cache_features: bool = False
@@ -136,6 +140,8 @@ class MllmConfig:
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         self._check_words()
+        if self.codec is None and not self.model:
+            self.codec = DEFAULT_CODEC
         self._check_parts()
         self._check_numbers()
 
@@ -175,6 +181,11 @@ class MllmConfig:
                 raise DataError(f"llm and llm_preset: {both} given; name a language model's folder or a preset")
         if self.llm_preset and "llm" not in self.train:
             raise DataError("llm_preset starts from random weights, but train lacks llm; add it")
+        if not self.model and "llm" not in self.train and BoxCodec(self.codec).tokens:
+            raise DataError(
+                f"codec {self.codec} gives the language model new tokens, but train lacks llm, so none would be learned; "
+                "add it, or take another codec"
+            )
         if self.cache_features and "tower" in self.train:
             raise DataError("cache_features keeps a frozen tower's features, but train names tower; drop one of the two")
         if self.share_pictures and self.attention != "sdpa":
@@ -194,6 +205,8 @@ class MllmConfig:
         for name in ("max_steps", "save_every", "workers", "weight_decay", "warmup"):
             if getattr(self, name) < 0:
                 raise DataError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.loss_block is not None and self.loss_block < 0:
+            raise DataError(f"loss_block is {self.loss_block}; give the tokens of a block, or 0 for no blocks")
         if self.llm_width % (2 * self.llm_heads):
             raise DataError(
                 f"llm_width {self.llm_width} is not an even multiple of llm_heads {self.llm_heads}; rotary heads need it"
@@ -210,6 +223,10 @@ class MllmConfig:
         return {name: value for name, value in vars(self).items() if name not in FREE_FIELDS}
 
 
+def layers_of(feature_layer: int | list[int]) -> list[int]:
+    return [feature_layer] if isinstance(feature_layer, int) else feature_layer
+
+
 def load_config(recipe: str | Path | None, flags: dict) -> MllmConfig:
     """A recipe's fields, overridden by flags; an unknown field is refused with its nearest valid name."""
     values = read_recipe(recipe, set(MllmConfig.__dataclass_fields__)) if recipe else {}
@@ -224,7 +241,7 @@ def check_identity(output: Path, config: MllmConfig) -> None:
     saved = json.loads(path.read_text())
     for name, value in config.identity().items():
         before = saved.get(name, getattr(MllmConfig, name, value))  # a field that came later had its default
-        if before != value:
+        if before != value and (name, value) != ("codec", None):  # the MLLM folder's, which is the same one
             raise DataError(
                 f"{path}: the checkpoints here were made with {name} = {before}, this run has {value}; "
                 f"choose another output, or pass --resume never to start over"

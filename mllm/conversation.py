@@ -1,4 +1,4 @@
-"""Conversations as text and as tokens: chat templates, boxes written into sentences, labels from the template's marks.
+"""Conversations as text and as tokens: boxes written into sentences, labels from the chat template's marks.
 
 A record (LLaVA's JSON with regions) becomes chat messages, the chat template writes them as one string, and the
 template's `{% generation %}` marks say which tokens are the assistant's. Labels never come from lengths of re-tokenised
@@ -19,62 +19,6 @@ IMAGE = "<image>"
 IGNORE = -100
 PLACEHOLDER = re.compile(r"<(region|box):(\d+)>")
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-# A message's content is a string, or the list of parts that transformers' processors write.
-_CONTENT = (
-    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{% endmacro %}"
-)
-
-
-def _turns(system: str) -> str:
-    return (
-        _CONTENT + "{{ bos_token }}"
-        f"{{% if messages[0]['role'] == 'system' %}}{{{{ text(messages[0]['content']) + ' ' }}}}"
-        f"{{% else %}}{{{{ {system!r} }}}}{{% endif %}}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ 'USER: ' + text(message['content']) + ' ASSISTANT:' }}"
-        "{% elif message['role'] == 'assistant' %}"
-        "{% generation %}{{ ' ' + text(message['content']) + eos_token }}{% endgeneration %}"
-        "{% endif %}{% endfor %}"
-    )
-
-
-# simple: USER and ASSISTANT turns; vicuna_v1: the same after LLaVA-1.5's system sentence; plain: LLaVA's alignment step,
-# the picture and its caption with nothing between.
-TEMPLATES = {
-    "simple": _turns(""),
-    "vicuna_v1": _turns(_VICUNA_SYSTEM + " "),
-    "plain": (
-        _CONTENT + "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<image>' }}"
-        "{% elif message['role'] == 'assistant' %}{% generation %}{{ text(message['content']) + '\\n' }}"
-        "{% endgeneration %}{% endif %}{% endfor %}"
-    ),
-}
-
-
-def has_generation_marks(template: str | None) -> bool:
-    return template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-
-def choose_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """Sets the tokenizer's chat template and returns its name.
-
-    name: one of `TEMPLATES`, or `auto`: the tokenizer's own where it marks the assistant's text, else `simple`
-    """
-    if name == "auto":
-        if has_generation_marks(tokenizer.chat_template):
-            return "own"
-        name = "simple"
-    if name not in TEMPLATES:
-        raise DataError(f"template '{name}' is not known; choose auto or one of {', '.join(TEMPLATES)}")
-    tokenizer.chat_template = TEMPLATES[name]
-    return name
 
 
 def write_boxes(text: str, boxes_px: list, geometry: Geometry | None, codec: BoxCodec) -> str:

@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPVisionModel,
-    LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
 from encoder.costs import Cost, measure_cost
 from encoder.errors import DataError
-from encoder.pretrained import folder_kind
+from encoder.pretrained import folder_kind, load_vision_tower
+from mllm.box_text import BoxCodec
 from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
-from mllm.model import freeze, join, nano_llm_config
-from mllm.tokenizer import add_image_token
+from mllm.features import tower_features
+from mllm.model import freeze, join, llava_config, nano_llm_config
+from mllm.tokenizer import add_codec_tokens, add_image_token
 
 
 def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
@@ -38,21 +39,25 @@ def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
 
 
 def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
-    folder_kind(config.tower)  # a sentence where there is none
-    tower = AutoConfig.from_pretrained(config.tower)
-    tower = getattr(tower, "vision_config", tower)
+    if folder_kind(config.tower) == "open_clip":
+        with torch.device("cpu"):
+            sizes = load_vision_tower(config.tower).config
+    else:
+        sizes = AutoConfig.from_pretrained(config.tower)
+    tower = AutoModel.from_config(getattr(sizes, "vision_config", sizes))
     layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
+    codec = BoxCodec(config.codec)
     if config.llm_preset:
-        parts = {"vision_config": tower, "text_config": nano_llm_config(config, config.vocab_size)}
-        tokens = (tower.image_size // tower.patch_size) ** 2
-        return LlavaForConditionalGeneration(LlavaConfig(**parts, image_seq_length=tokens, vision_feature_layer=layer))
+        sizes = nano_llm_config(config, config.vocab_size + len(codec.tokens))
+        return LlavaForConditionalGeneration(llava_config(tower, sizes, layer))
     _read_json(Path(config.llm) / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     add_image_token(tokenizer)
+    add_codec_tokens(tokenizer, codec)
     llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), attn_implementation=config.attention)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    return join(CLIPVisionModel(tower), llm, tokenizer, layer)
+    return join(tower, llm, tokenizer, layer)
 
 
 def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:
@@ -62,10 +67,11 @@ def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:
 
     def loss_of() -> Tensor:
         if config.cache_features:
-            features = torch.zeros(1, sizes.image_seq_length, sizes.vision_config.hidden_size, dtype=model.dtype)
+            width = inner.multi_modal_projector.linear_1.in_features
+            features = torch.zeros(1, sizes.image_seq_length, width, dtype=model.dtype)
         else:
             pixels = torch.zeros(1, 3, side, side, dtype=model.dtype)
-            features = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+            features = tower_features(inner.vision_tower, layer, pixels)[:, -sizes.image_seq_length :]
         tokens = inner.multi_modal_projector(features)
         if config.max_length <= tokens.shape[1]:
             raise DataError(f"max_length {config.max_length} leaves no room beside {tokens.shape[1]} image tokens; raise it")

@@ -1,7 +1,7 @@
 """A frozen tower run once: its features of every picture on disk, and a stand-in that feeds them to a stock Llava.
 
-The projected layer of all pictures, CLS included, lies in one memory-mapped float16 array. (I pictures, N + 1 tokens,
-D the tower's width.)
+The projected layers of all pictures, CLS included where there is one, lie in one memory-mapped float16 array.
+(I pictures, T tokens of the tower: N of the picture behind CLIP's CLS, D width of the projected layers side by side.)
 """
 
 import hashlib
@@ -18,23 +18,31 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from encoder.distributed import rank, world_size
 from encoder.errors import DataError
 from encoder.pretrained import weights_hash
+from mllm.config import layers_of
 from mllm.data import Collator, ConversationDataset
 
 
 class CachedTower(nn.Module):
     """Stands in the tower's place while training: what comes in as `pixel_values` is already the projected layer.
 
-    layer: the Llava's `vision_feature_layer`
+    layer: the Llava's `vision_feature_layer`, one or several
     """
 
-    def __init__(self, layer: int):
+    def __init__(self, layer: int | list[int]):
         super().__init__()
-        self.layer = layer
+        self.layers = layers_of(layer)
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """(I, N + 1, D) features -> an output whose hidden state `layer` they are."""
+        """(I, T, D) features -> an output whose hidden states at `layer` they are."""
         features = pixel_values.float() if pixel_values.dtype == torch.float16 else pixel_values
-        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states={self.layer: features})
+        hidden_states = dict(zip(self.layers, features.chunk(len(self.layers), dim=-1), strict=True))
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=hidden_states)
+
+
+def tower_features(tower: nn.Module, layer: int | list[int], pixels: Tensor) -> Tensor:
+    """(I, 3, H, W) -> (I, T, D): the tower's hidden states at `layer`, several side by side."""
+    hidden = tower(pixels, output_hidden_states=True).hidden_states
+    return torch.cat([hidden[number] for number in layers_of(layer)], dim=-1)
 
 
 def cache_features(
@@ -44,14 +52,15 @@ def cache_features(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """The tower's features of `dataset.image_files`, (I, N + 1, D) float16 mapped from disk; computed where missing.
+    """The tower's features of `dataset.image_files`, (I, T, D) float16 mapped from disk; computed where missing.
 
     folder: where caches are kept, one subfolder per tower, layer, image settings and set of pictures
     With several processes each computes its share. The tower runs in float32.
     """
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     folder = Path(folder) / _key(tower, layer, dataset)
-    shape = (len(dataset.image_files), dataset.num_image_tokens + 1, tower.config.hidden_size)
+    num_tokens = dataset.num_image_tokens + (model.config.vision_feature_select_strategy == "default")
+    shape = (len(dataset.image_files), num_tokens, tower.config.hidden_size * len(layers_of(layer)))
     path, done = folder / "features.float16", folder / "features.json"
     if not done.is_file():
         _create(path, shape)
@@ -63,7 +72,7 @@ def cache_features(
     return torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
 
 
-def _key(tower: nn.Module, layer: int, dataset: ConversationDataset) -> str:
+def _key(tower: nn.Module, layer: int | list[int], dataset: ConversationDataset) -> str:
     """Name of the cache: all that the features depend on; a picture counts by path, size and time of change."""
     digest = hashlib.sha256(f"{weights_hash(tower)} {layer} {dataset.image}".encode())
     for name in dataset.image_files:
@@ -93,17 +102,17 @@ def _fill(tower, layer, dataset, features, batch_size, progress) -> None:
     for start in tqdm(starts, desc=f"tower features ({gigabytes:.1f} GB)", unit="batch", disable=not progress or rank() > 0):
         end = min(start + batch_size, len(features))
         pixels = torch.stack([dataset.pixels(index) for index in range(start, end)]).to(device)
-        hidden = tower(pixels.to(tower.dtype), output_hidden_states=True).hidden_states[layer]
+        hidden = tower_features(tower, layer, pixels.to(tower.dtype))
         if hidden.abs().max() > torch.finfo(torch.float16).max:
             raise DataError(f"the tower's features at layer {layer} leave float16's range; set cache_features to false")
         features[start:end] = hidden.to("cpu", torch.float16).numpy()
     features.flush()
 
 
-def sample_features(features: Tensor, num_pictures: int = 256) -> Tensor:
+def sample_features(features: Tensor, num_image_tokens: int, num_pictures: int = 256) -> Tensor:
     """(S, D) float32 patch tokens of evenly spread pictures of a cache, CLS left out."""
     index = torch.linspace(0, len(features) - 1, min(num_pictures, len(features))).long()
-    return features[index][:, 1:].flatten(0, 1).float()
+    return features[index][:, -num_image_tokens:].flatten(0, 1).float()
 
 
 @torch.inference_mode()
@@ -113,8 +122,8 @@ def measure_features(model: LlavaForConditionalGeneration, dataset: Conversation
     index = torch.linspace(0, count - 1, min(num_pictures, count)).long().tolist()
     tower = model.model.vision_tower
     pixels = torch.stack([dataset.pixels(i) for i in index]).to(tower.device, tower.dtype)
-    hidden = tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
-    return hidden[:, 1:].flatten(0, 1).float().clone()
+    hidden = tower_features(tower, model.config.vision_feature_layer, pixels)
+    return hidden[:, -dataset.num_image_tokens :].flatten(0, 1).float().clone()
 
 
 def feature_collator(dataset: ConversationDataset, features: Tensor, image_token_id: int, pad_token_id: int) -> Collator:

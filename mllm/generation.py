@@ -16,6 +16,7 @@ from mllm.box_text import BoxCodec
 from mllm.checkpoint import load_mllm
 from mllm.conversation import IMAGE, question_with_boxes
 from mllm.packing import attends_to_all
+from mllm.templates import end_token_ids
 
 Box = tuple[float, float, float, float]
 # What a language model's own generation_config may ask for, and greedy decoding must not do.
@@ -32,6 +33,7 @@ class GroundingModel:
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.codec = BoxCodec(settings.codec)
         self.image_token_id = model.config.image_token_id
+        self.end_ids = end_token_ids(tokenizer)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -114,7 +116,7 @@ class GroundingModel:
             attention_mask=mask_BL.to(device),
             max_new_tokens=max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.end_ids,
             **GREEDY,
             **more,
         )

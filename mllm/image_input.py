@@ -9,7 +9,7 @@ from torch import Tensor
 
 from encoder.errors import DataError
 from encoder.geometry import MODES, Geometry
-from encoder.pretrained import load_processor
+from encoder.pretrained import load_image_processor
 from encoder.processor import ClocImageProcessor
 
 
@@ -30,7 +30,7 @@ class ImageInput:
     @classmethod
     def of_tower(cls, path: str | Path, mode: str | None = None) -> "ImageInput":
         """The settings a tower's folder was trained with; `mode` replaces its geometry."""
-        processor = load_processor(path).image_processor
+        processor = load_image_processor(path)
         mode = mode or processor.geometry
         if mode not in MODES:
             raise DataError(f"geometry '{mode}' is not known; choose one of {', '.join(MODES)}")

@@ -1,4 +1,4 @@
-"""The MLLM assembled: any CLIP-like tower, a two-layer projector, any causal language model, as a stock Llava.
+"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava.
 
 (S sampled image tokens, D the tower's width, H the language model's width.)
 """
@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,13 +24,14 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoder.errors import DataError
 from encoder.pretrained import load_vision_tower
+from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
-from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
-from mllm.conversation import choose_template
+from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig, layers_of
 from mllm.image_input import ImageInput
 from mllm.packing import attends_to_all
 from mllm.records import texts_of
-from mllm.tokenizer import add_image_token, fast_tokenizer, train_sentencepiece
+from mllm.templates import choose_template, end_token_ids
+from mllm.tokenizer import add_codec_tokens, add_image_token, fast_tokenizer, train_sentencepiece
 
 
 @dataclass
@@ -66,11 +68,12 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     tower = load_vision_tower(config.tower, dtype)
     tower.set_attn_implementation(config.attention)
     layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
-    if not -tower.config.num_hidden_layers - 1 <= layer <= tower.config.num_hidden_layers:
-        raise DataError(
-            f"feature_layer is {layer}, but the tower {config.tower} has {tower.config.num_hidden_layers} layers; "
-            "choose one of them, -1 is the last"
-        )
+    for number in layers_of(layer):
+        if not -tower.config.num_hidden_layers - 1 <= number <= tower.config.num_hidden_layers:
+            raise DataError(
+                f"feature_layer is {number}, but the tower {config.tower} has {tower.config.num_hidden_layers} layers; "
+                "choose one of them, -1 is the last"
+            )
     torch.manual_seed(config.seed)  # after the tower: two towers of one size then meet the same initial weights
     if config.llm_preset:
         llm, tokenizer, proto = _nano_llm(config)
@@ -79,11 +82,14 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     model = join(tower, llm.to(dtype), tokenizer, layer)
     if config.projector:
         load_projector(model, config.projector)
+    template = choose_template(tokenizer, config.template)
+    if len(ends := end_token_ids(tokenizer)) > 1:  # stock code stops where the template's answers do
+        model.generation_config.eos_token_id = ends
     settings = MllmSettings(
         codec=config.codec,
         image=ImageInput.of_tower(config.tower, config.geometry),
         feature_layer=layer,
-        template=choose_template(tokenizer, config.template),
+        template=template,
         tower_path=str(config.tower),
     )
     return Mllm(model, tokenizer, settings, proto, from_scratch=bool(config.llm_preset) and not config.projector)
@@ -111,6 +117,7 @@ def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     texts = (text for path in config.tokenizer_data or config.data for text in texts_of(path))
     proto = train_sentencepiece(texts, config.vocab_size)
     tokenizer = fast_tokenizer(proto, config.max_length)
+    add_codec_tokens(tokenizer, BoxCodec(config.codec))
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     llm = LlamaForCausalLM(nano_llm_config(config, len(tokenizer), **ids))
     nn.init.normal_(llm.get_input_embeddings().weight, std=config.embedding_std)
@@ -145,25 +152,34 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         reason = " ".join(str(error).split())
         raise DataError(f"language model {config.llm} cannot be read ({reason}); copy or save the folder again") from error
     add_image_token(tokenizer)
+    add_codec_tokens(tokenizer, BoxCodec(config.codec))
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     return llm, tokenizer, None
 
 
-def join(
-    tower: PreTrainedModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, feature_layer: int
-) -> LlavaForConditionalGeneration:
-    """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
-    config = LlavaConfig(
+def llava_config(
+    tower: PreTrainedModel, text_config: PreTrainedConfig, feature_layer: int | list[int], **token_ids: int
+) -> LlavaConfig:
+    """The stock configuration of a Llava on this tower: its sizes, and whether its first token is no patch."""
+    return LlavaConfig(
         vision_config=tower.config,
-        text_config=llm.config,
-        image_token_index=add_image_token(tokenizer),
+        text_config=text_config,
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default",
+        # "default" leaves out the first token, which is CLIP's CLS; SigLIP has none.
+        vision_feature_select_strategy="default" if hasattr(tower.embeddings, "class_embedding") else "full",
         projector_hidden_act="gelu",
-        pad_token_id=tokenizer.pad_token_id,
+        **token_ids,
     )
+
+
+def join(
+    tower: PreTrainedModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, feature_layer: int | list[int]
+) -> LlavaForConditionalGeneration:
+    """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
+    ids = {"image_token_index": add_image_token(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = llava_config(tower, llm.config, feature_layer, **ids)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower

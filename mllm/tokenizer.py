@@ -13,9 +13,10 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from encoder.errors import DataError
+from mllm.box_text import BoxCodec
 from mllm.conversation import IMAGE
 
 SPACE = "\u2581"  # sentencepiece's visible space
@@ -114,6 +115,11 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer.convert_tokens_to_ids(IMAGE)
+
+
+def add_codec_tokens(tokenizer: PreTrainedTokenizerBase, codec: BoxCodec) -> None:
+    """Adds the tokens that a codec writes boxes with, if any. Ordinary ones, so that an answer decodes with them."""
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in codec.tokens])
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, model_proto: bytes | None) -> None:

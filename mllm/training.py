@@ -3,17 +3,12 @@
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import TrainingArguments
 
-from encoder.checkpoint import forget_after
 from encoder.distributed import choose_backend, rank, world_size
 from encoder.errors import DataError
 from mllm.box_text import BoxCodec
@@ -21,10 +16,11 @@ from mllm.checkpoint import SETTINGS_FILE, last_checkpoint, save_mllm
 from mllm.config import MllmConfig, check_identity
 from mllm.data import ConversationDataset, pixel_collator
 from mllm.features import CachedTower, cache_features, feature_collator, measure_features, sample_features
+from mllm.lm_loss import choose_block, use_training_loss
 from mllm.model import Mllm, build_mllm, fit_projector, freeze, part_of
+from mllm.trainer import MllmTrainer
 
 RUN_FILE = "run.json"
-WEIGHTS = "model.safetensors"
 # What `deepspeed scripts/finetune_mllm.py` runs on when the recipe names no ZeRO file.
 DEFAULT_ZERO = {
     "train_batch_size": "auto",
@@ -52,6 +48,7 @@ def train(config: MllmConfig, launched: bool = False) -> Path:
     dataset, val_dataset = (_dataset(config, mllm, files) for files in (config.data, config.val_data))
     freeze(mllm.model, config.trains, getattr(torch, config.save_dtype))
     collator, tower = _collator(config, mllm, dataset, val_dataset, output)
+    use_training_loss(mllm.model, choose_block(config.loss_block, mllm.model.lm_head.out_features))
     trainer = MllmTrainer(config, mllm, dataset, val_dataset, collator, _arguments(config, zero, output))
     if rank() == 0:
         _describe(config, mllm, dataset)
@@ -136,7 +133,11 @@ def _collator(config: MllmConfig, mllm: Mllm, dataset, val_dataset, output: Path
         cached = {name: cache_features(mllm.model, part, folder, progress=rank() == 0) for name, part in sets.items()}
         tower.to("cpu")
     if mllm.from_scratch and dataset.image_files:
-        sample = sample_features(cached["train"]) if config.cache_features else measure_features(mllm.model, dataset)
+        sample = (
+            sample_features(cached["train"], dataset.num_image_tokens)
+            if config.cache_features
+            else measure_features(mllm.model, dataset)
+        )
         torch.manual_seed(config.seed)
         fit_projector(mllm.model.model.multi_modal_projector, sample, config.embedding_std)
     if not config.cache_features:
@@ -182,113 +183,6 @@ def _arguments(config: MllmConfig, zero: dict | None, output: Path) -> TrainingA
         deepspeed=zero,
         **{checkpointing: config.gradient_checkpointing},
     )
-
-
-class MllmTrainer(Trainer):
-    """transformers' Trainer with a rate per part, the data's own lengths, and small checkpoints of what is trained."""
-
-    def __init__(self, config: MllmConfig, mllm: Mllm, dataset, val_dataset, collators: dict, arguments: TrainingArguments):
-        self.config, self.collators = config, collators
-        super().__init__(
-            model=mllm.model,
-            args=arguments,
-            train_dataset=dataset,
-            eval_dataset=val_dataset,
-            data_collator=collators["train"],
-            callbacks=[LogLine()],
-        )
-        self.remove_callback(PrinterCallback)
-        if config.report_to == "tensorboard" and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            from transformers.integrations import TensorBoardCallback
-
-            self.add_callback(TensorBoardCallback(SummaryWriter(Path(config.output) / "tensorboard")))
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        self.data_collator = self.collators["val"]
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = self.collators["train"]
-
-    def _get_train_sampler(self, train_dataset=None):
-        if not self.config.group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(batch, lengths=self.train_dataset.lengths.tolist())
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = parameter_groups(self.model if model is None else model, self.config)
-            cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(groups, **arguments)
-        return self.optimizer
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint's weights, trained parts only, by the model's own names; DeepSpeed writes its own beside."""
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            if not self.is_deepspeed_enabled:
-                trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-                save_file(trained, Path(output_dir) / WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if saved.keys() != trained.keys():
-            raise DataError(
-                f"{resume_from_checkpoint} holds {len(saved)} trained parameters, this run trains {len(trained)} others; "
-                "choose another output, or pass --resume never to start over"
-            )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
-
-
-def parameter_groups(model: nn.Module, config: MllmConfig) -> list[dict]:
-    """AdamW's groups: the language model first, then projector and tower, each with its rate; only matrices decay."""
-    rates = {"projector": config.projector_learning_rate, "tower": config.tower_learning_rate}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": rates.get(part) or config.learning_rate,
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (part, decays), parameters in sorted(groups.items())
-    ]
-
-
-class LogLine(TrainerCallback):
-    """One line per interval: step, loss, rate, gradient norm, rows per second, time left; and in log.jsonl."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first = time.monotonic(), state.global_step
-        if state.is_world_process_zero:
-            forget_after(Path(args.output_dir) / "log.jsonl", state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        if "eval_loss" in logs or "loss" in logs:
-            numbers = {key: float(logs[key]) for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
-            with (Path(args.output_dir) / "log.jsonl").open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
-        if "eval_loss" in logs:
-            print(f"step {state.global_step}  held-out loss {float(logs['eval_loss']):.4f}", flush=True)
-        elif "loss" in logs:
-            seconds, steps = time.monotonic() - self.start, state.global_step - self.first
-            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            left = seconds / max(steps, 1) * (state.max_steps - state.global_step)
-            print(
-                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
-                f"lr {float(logs['learning_rate']):.2e}  grad norm {float(logs.get('grad_norm', 0)):.2f}  "
-                f"{steps * batch / seconds:.1f} rows/s  {left:.0f} s left",
-                flush=True,
-            )
 
 
 def _describe(config: MllmConfig, mllm: Mllm, dataset: ConversationDataset) -> None:

@@ -1,5 +1,6 @@
 """Metrics against independent references: pycocotools' IoU, naive float64 loops, textbook values."""
 
+import itertools
 import random
 
 import numpy as np
@@ -10,14 +11,23 @@ from eval.metrics import Interval
 
 
 def test_paired_iou_equals_pycocotools_and_is_zero_for_unparsed():
+    """1,000 pairs: apart, touching, inside one another, equal, of a pixel and less, on whole and on broken coordinates."""
     mask = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(0)
-    corners = rng.uniform(0, 100, (200, 2, 2))
+    corners = rng.uniform(0, 100, (2000, 2, 2))
+    corners[::3] = corners[::3].round()
     boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
-    a, b = boxes[:100], boxes[100:]
-    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    reference = [mask.iou(xywh[i : i + 1], xywh[100 + i : 101 + i], [0])[0, 0] for i in range(100)]
-    np.testing.assert_allclose(metrics.paired_iou(a, b), reference, atol=1e-12)
+    a, b = boxes[:1000], boxes[1000:].copy()
+    b[:50] = a[:50]
+    b[50:100] = a[50:100] + np.array([10, 10, -10, -10]) * rng.uniform(-0.5, 0.5, (50, 1))
+    b[100:150, 0], b[100:150, 2] = a[100:150, 2], a[100:150, 2] + 5  # share an edge
+    b[150:200] = a[150:200, [0, 1, 0, 1]] + [0, 0, 0.3, 0.7]
+    keep = (b[:, 2:] > b[:, :2]).all(1) & (a[:, 2:] > a[:, :2]).all(1)
+    a, b = a[keep], b[keep]
+    assert len(a) > 900
+    a_xywh, b_xywh = (np.concatenate([x[:, :2], x[:, 2:] - x[:, :2]], 1) for x in (a, b))
+    reference = [mask.iou(a_xywh[i : i + 1], b_xywh[i : i + 1], [0])[0, 0] for i in range(len(a))]
+    np.testing.assert_allclose(metrics.paired_iou(a, b), reference, atol=1e-10)
 
     odd = np.array([[np.nan] * 4, [5, 5, 5, 9], [9, 9, 1, 1], [0, 0, 10, 5]])
     truth = np.tile([0.0, 0.0, 10.0, 10.0], (4, 1))
@@ -144,3 +154,20 @@ def test_accuracy_without_spread_still_has_an_interval():
     assert interval.value == 1.0
     assert np.isnan(metrics.mean_interval([1, 0], [7, 7]).low)
     assert Interval(0.1, 0.01, 0.2, 5).excludes_zero and not Interval(0.1, -0.01, 0.2, 5).excludes_zero
+
+
+def test_recall_equals_a_loop_over_every_order():
+    """600 drawn rankings with equal scores: all orders of the candidates are gone through, one by one."""
+    rng = np.random.default_rng(3)
+    places, expected = [], {k: [] for k in (1, 2, 3, 5)}
+    for _ in range(600):
+        scores = rng.integers(0, 4, rng.integers(2, 6)).tolist()  # few values: many are equal
+        right = set(rng.choice(len(scores), rng.integers(1, len(scores) + 1), replace=False).tolist())
+        top = max(scores[i] for i in right)
+        wrong = [score for i, score in enumerate(scores) if i not in right]
+        places.append((sum(s > top for s in wrong), wrong.count(top), sum(scores[i] == top for i in right)))
+        orders = [p for p in itertools.permutations(range(len(scores))) if [scores[i] for i in p] == sorted(scores, reverse=True)]
+        for k, values in expected.items():
+            values.append(sum(any(i in right for i in order[:k]) for order in orders) / len(orders))
+    for k, values in expected.items():
+        np.testing.assert_allclose(metrics.recall_at(k, np.array(places)), values, atol=1e-12)

@@ -10,10 +10,11 @@ from encoder.errors import DataError
 from encoder.geometry import Geometry
 from encoder.processor import OPENAI_MEAN, OPENAI_STD
 from mllm.box_text import BoxCodec
-from mllm.conversation import IGNORE, choose_template
+from mllm.conversation import IGNORE
 from mllm.data import ConversationDataset, pixel_collator
 from mllm.image_input import ImageInput, no_picture, read_picture
 from mllm.records import check_record, read_records, texts_of
+from mllm.templates import choose_template
 from mllm.tokenizer import add_image_token, fast_tokenizer, train_sentencepiece
 
 IMAGE = ImageInput("pad", 40, OPENAI_MEAN, OPENAI_STD)

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from mllm_fixtures import recipe, write_clip, write_conversations
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoProcessor,
@@ -18,8 +19,9 @@ from encoder.errors import DataError
 from encoder.pretrained import load_vision_tower
 from mllm.checkpoint import load_mllm, save_mllm
 from mllm.config import MllmConfig
+from mllm.generation import GroundingModel
 from mllm.model import build_mllm, fit_projector, freeze, part_of
-from mllm.training import parameter_groups
+from mllm.trainer import parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,22 @@ def test_any_causal_language_model_joins(world, mllm, tmp_path):
         assert torch.equal(ours[: len(value)], value), name
     with pytest.raises(DataError, match="has no config.json"):
         build_mllm(MllmConfig(**recipe(world, llm_preset=None, llm=str(tmp_path / "none"))))
+
+
+def test_an_answer_ends_where_the_templates_answers_do(world, mllm, tmp_path):
+    """A language model whose end of text is not its end of turn: stock code and ours stop at both."""
+    mllm.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fields = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(mllm.tokenizer), **fields)).save_pretrained(tmp_path)
+    mllm.tokenizer.save_pretrained(tmp_path)
+    built = build_mllm(MllmConfig(**recipe(world, llm_preset=None, llm=str(tmp_path), template="chatml")))
+    ends = [built.tokenizer.eos_token_id, built.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert built.model.generation_config.eos_token_id == sorted(ends)
+    with torch.no_grad():  # <|im_end|> whatever is asked
+        built.model.lm_head.weight.zero_()
+    built.model.lm_head.weight.data[ends[1]] = 1.0
+    model = GroundingModel(built.model, built.tokenizer, built.settings)
+    assert model.generate([Image.new("RGB", (40, 40))], ["Where?"], max_new_tokens=50, progress=False) == [""]
 
 
 def test_fit_projector_centres_scales_and_whitens():

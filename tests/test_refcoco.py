@@ -131,17 +131,16 @@ def test_every_cut_and_many_damages_of_a_pickle_give_one_sentence(tmp_path):
 
 def test_counts_are_held_against_the_published_ones(tmp_path):
     own = RefcocoFiles.read(write_refcoco(tmp_path / "refcoco"))
-    assert own.completeness("val", "grounding", 4) == own.completeness("val", "naming", 2) == "own data"
-    assert own.completeness("val", "grounding", 3) == "PARTIAL: 3 of 4"
+    assert own.completeness("val") == own.completeness("testA") == "own data"
 
     coco = {i: f"COCO_train2014_{i:012d}.jpg" for i in SIZES}
     real = RefcocoFiles.read(write_refcoco(tmp_path / "real/refcoco", coco))
-    assert real.completeness("val", "grounding", 4) == "PARTIAL: the file has 2 of 3811 objects"
+    assert real.completeness("val") == "PARTIAL: the file has 2 of 3811 objects"
     PUBLISHED["three", "unc"] = {"val": (2, 4)}
     try:
         three = RefcocoFiles.read(write_refcoco(tmp_path / "three", coco))
-        assert three.completeness("val", "grounding", 4) == "published"
-        assert three.completeness("testA", "grounding", 1) == "PARTIAL: no published count is known for three, unc, testA"
+        assert three.completeness("val") == "published"
+        assert three.completeness("testA") == "PARTIAL: no published count is known for three, unc, testA"
     finally:
         del PUBLISHED["three", "unc"]
     sums = {name: sum(n for _, n in splits.values()) for (name, _), splits in PUBLISHED.items()}

@@ -1,0 +1,77 @@
+"""The box parser under random and adversarial answers: never an exception, every refusal with a reason.
+
+A few thousand cases by default; BOX_FUZZ_CASES=100000 runs as many as that.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from mllm.box_text import CODECS, BoxCodec
+
+CASES = int(os.environ.get("BOX_FUZZ_CASES", "2000"))
+corners = st.tuples(*[st.floats(0, 1)] * 4)
+box = corners.map(lambda c: torch.tensor([min(c[0::2]), min(c[1::2]), max(c[0::2]), max(c[1::2])]))
+written = st.builds(lambda name, value: BoxCodec(name).encode(value), st.sampled_from(CODECS), box)
+# What a box is made of, what it is mistaken for, and digits that `\d` and int() take but no codec writes.
+fragments = st.one_of(
+    written,
+    st.integers(-9, 10_000).map(str),
+    st.integers(0, 999).map("{:03d}".format),
+    st.floats().map(str),
+    st.integers(-1, 1024).map("<loc{:04d}>".format),
+    st.sampled_from(["[", "]", ", ", ",", " ", ".", "-", "\n", "\0", "[[", "]]", "<", ">", "loc", "e", "nan", "inf", "0x1"]),
+    st.sampled_from(["\u0660\u0661\u0662", "\uff11\uff12\uff13", "\u00b2\u00b2\u00b2", "\u0967\u0968\u0969", "\u2212", "\u00a0"]),
+    st.text(max_size=8),
+)
+
+
+def damaged(answer: str, place: int, put: str) -> str:
+    """One character replaced, dropped or added."""
+    return answer[: place % (len(answer) + 1)] + put + answer[place % (len(answer) + 1) + (place % 2) :]
+
+
+answers = st.one_of(
+    st.text(max_size=80),
+    st.lists(fragments, max_size=14).map("".join),
+    st.builds(damaged, written, st.integers(0, 200), st.text(max_size=2)),
+    st.tuples(fragments, written, fragments).map("".join),
+)
+
+
+@given(answers, st.sampled_from(CODECS))
+@example("[\u0660\u0661\u0662, 345, 678, 999]", "int1000")
+@example("[" * 10_000, "int1000")
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_answer_is_a_box_inside_the_square_or_has_a_reason(answer, codec):
+    found, reason = BoxCodec(codec).decode(answer)
+    if found is None:
+        assert isinstance(reason, str) and len(reason) > 5 and "\n" not in reason
+        return
+    assert reason is None
+    x1, y1, x2, y2 = found.tolist()
+    assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+
+
+def slow_int1000(answer: str) -> tuple[int, ...] | None:
+    """The first box read character by character, without a regular expression; None also for one without area."""
+    form = "[ddd, ddd, ddd, ddd]"
+    for start in range(len(answer) - len(form) + 1):
+        part = answer[start : start + len(form)]
+        if all(c in "0123456789" if f == "d" else c == f for f, c in zip(form, part, strict=True)):
+            x1, y1, x2, y2 = (int(part[i : i + 3]) for i in (1, 6, 11, 16))
+            return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+    return None
+
+
+@given(answers)
+@example("[\u0660\u0661\u0662, 345, 678, 999]")
+@settings(max_examples=CASES // 2, deadline=None, suppress_health_check=list(HealthCheck))
+def test_int1000_agrees_with_a_reader_of_single_characters(answer):
+    found, expected = BoxCodec("int1000").decode(answer)[0], slow_int1000(answer)
+    assert (found is None) == (expected is None)
+    if expected is not None:
+        assert found.tolist() == pytest.approx([(n + 0.5) / 1000 for n in expected])
