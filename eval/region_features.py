@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from encoder.errors import DataError
+from encoder.masks import box_weights, patch_weights, pool_under
 from encoder.processor import ClocProcessor
 from encoder.roi_align import points_per_side, roi_align
-from eval.region_masks import box_weights, patch_weights, pool_under
 
 FEATURES = ("prompter", "roialign", "crop", "maskpool")
 Box = tuple[float, float, float, float]

@@ -8,12 +8,12 @@ pieces, the source of LLaVA's "tokenization mismatch".
 import re
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from encoder.errors import DataError
 from encoder.geometry import Geometry
 from mllm.box_text import BoxCodec
+from mllm.regions import Region, as_region
 
 IMAGE = "<image>"
 IGNORE = -100
@@ -21,35 +21,54 @@ PLACEHOLDER = re.compile(r"<(region|box):(\d+)>")
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def write_boxes(text: str, boxes_px: list, geometry: Geometry | None, codec: BoxCodec) -> str:
-    """`<region:i>` and `<box:i>` in `text` become the i-th box (xyxy, pixels of the original image) as words."""
+def write_boxes(text: str, regions: list[Region], geometry: Geometry | None, codec: BoxCodec, token: str = "") -> str:
+    """`<region:i>` in `text` becomes the i-th region as words, followed by `token`; `<box:i>` its box as words."""
 
     def words(match: re.Match) -> str:
-        box = torch.as_tensor(boxes_px[int(match[2])], dtype=torch.float64)
-        return codec.encode(geometry.boxes_to_model(box))
+        region = regions[int(match[2])]
+        return region.box_text(geometry, codec) if match[1] == "box" else region.text(geometry, codec) + token
 
     return PLACEHOLDER.sub(words, text)
 
 
-def question_with_boxes(question: str, boxes_px: list, geometry: Geometry, codec: BoxCodec) -> str:
-    """A question that names boxes by `<region:i>` or, one per box and in order, by `<region>`."""
+def number_regions(question: str, num_regions: int) -> str:
+    """The question with `<region:0>`, `<region:1>`, ... for `<region>`, of which there may be one per region, in order."""
     for index in range(question.count("<region>")):
         question = question.replace("<region>", f"<region:{index}>", 1)
-    missing = [m[0] for m in PLACEHOLDER.finditer(question) if int(m[2]) >= len(boxes_px)]
+    missing = [m[0] for m in PLACEHOLDER.finditer(question) if int(m[2]) >= num_regions]
     if missing:
-        raise DataError(f"question '{question}' has {missing[0]}, but {len(boxes_px)} boxes came with it; give that box")
-    return write_boxes(question, boxes_px, geometry, codec)
+        raise DataError(f"question '{question}' has {missing[0]}, but {num_regions} boxes came with it; give that box")
+    return question
 
 
-def messages_of(record: dict, geometry: Geometry | None, codec: BoxCodec) -> list[dict]:
-    """A validated record -> chat messages; the picture's mark stands first in its turn, as in LLaVA."""
-    boxes_px = [region["box"] for region in record.get("regions", [])]
+def regions_named(text: str) -> list[int]:
+    """Which regions `<region:i>` names, in order, as often as it does."""
+    return [int(match[2]) for match in PLACEHOLDER.finditer(text) if match[1] == "region"]
+
+
+def question_with_boxes(question: str, regions: list, geometry: Geometry, codec: BoxCodec, token: str = "") -> str:
+    """A question that names regions by `<region:i>` or, one per region and in order, by `<region>`.
+
+    regions: of each kind that `mllm.regions.as_region` takes; token: written behind each
+    """
+    question = number_regions(question, len(regions))
+    regions = [as_region(value, f"question '{question}', region {i}", geometry) for i, value in enumerate(regions)]
+    return write_boxes(question, regions, geometry, codec, token)
+
+
+def messages_of(record: dict, geometry: Geometry | None, codec: BoxCodec, token: str = "") -> list[dict]:
+    """A validated record -> chat messages; the picture's mark stands first in its turn, as in LLaVA.
+
+    token: written behind each region that a question names
+    """
+    regions = [as_region(value, record.get("_where", "record"), geometry) for value in record.get("regions", [])]
     messages = []
     for turn in record["conversations"]:
         text = turn["value"]
         if IMAGE in text:
             text = IMAGE + "\n" + text.replace(IMAGE, "").strip()
-        messages.append({"role": ROLES[turn["from"]], "content": write_boxes(text, boxes_px, geometry, codec)})
+        mark = token if turn["from"] == "human" else ""
+        messages.append({"role": ROLES[turn["from"]], "content": write_boxes(text, regions, geometry, codec, mark)})
     return messages
 
 

@@ -6,12 +6,11 @@ Everything is checked before training starts, so that a bad record is named at o
 import json
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from encoder.boxes import valid_boxes
 from encoder.errors import DataError
 from mllm.conversation import IMAGE, PLACEHOLDER, ROLES
+from mllm.regions import parse_region
 
 
 def read_records(path: str | Path) -> list[dict]:
@@ -98,20 +97,18 @@ def _check_image(record: dict, images: Path, sizes: dict[Path, tuple[int, int]])
 
 def _check_regions(record: dict, turns: list[dict]) -> None:
     where, regions = record["_where"], record.get("regions", [])
-    for index, region in enumerate(regions):
-        box = region.get("box") if isinstance(region, dict) else None
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(c, int | float) for c in box):
-            raise DataError(f"{where}: regions[{index}].box is {box}; give four numbers x1, y1, x2, y2 in pixels")
-        if "image" not in record:
-            raise DataError(f"{where}: regions are given but key 'image' is missing; add the picture")
-        if not valid_boxes(torch.tensor([box], dtype=torch.float32), record["width"], record["height"])[0]:
-            raise DataError(
-                f"{where}: regions[{index}].box {box} has no area or leaves the {record['width']}x{record['height']} "
-                "picture; correct it (x1 < x2, y1 < y2, pixels)"
-            )
+    if regions and "image" not in record:
+        raise DataError(f"{where}: regions are given but key 'image' is missing; add the picture")
+    if not isinstance(regions, list):
+        raise DataError(f"{where}: regions is a {type(regions).__name__}; give a list of objects with box, point or mask")
+    parsed = [parse_region(r, f"{where}: regions[{i}]", record["width"], record["height"]) for i, r in enumerate(regions)]
     for index, turn in enumerate(turns):
         for match in PLACEHOLDER.finditer(turn["value"]):
             if int(match[2]) >= len(regions):
                 raise DataError(
                     f"{where}: conversations[{index}] has {match[0]}, but regions holds {len(regions)}; add that region"
+                )
+            if match[1] == "box" and parsed[int(match[2])].point is not None:
+                raise DataError(
+                    f"{where}: conversations[{index}] has {match[0]}, but that region is a point; give it a box or a mask"
                 )

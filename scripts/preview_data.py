@@ -3,8 +3,8 @@
     python scripts/preview_data.py "runs/scenes/shards/train/*.tar" --out preview.png
     python scripts/preview_data.py runs/scenes/conversations/train.json --images runs/scenes/images
 
-Region shards (WebDataset) and conversations (LLaVA, .json or .jsonl). Boxes are drawn after the model's transform. Ends
-with the path of the picture; exits with 1 where there were problems.
+Region shards (WebDataset) and conversations (LLaVA, .json or .jsonl). Boxes, points and masks are drawn after the model's
+transform. Ends with the path of the picture; exits with 1 where there were problems.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from tqdm import tqdm
 from encoder.data.reader import IMAGE_ERRORS, RegionDataset
 from encoder.errors import DataError, run_main
 from encoder.geometry import Geometry
+from encoder.masks import decode_mask
 from mllm.records import check_record, read_records
+from mllm.regions import Region, parse_region
 
 CELL = 300  # px of a drawn square
 LINE = 14  # px of a line of text
@@ -30,10 +32,10 @@ COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9
 
 @dataclass
 class Sample:
-    """One cell: the original image (RGB), boxes xyxy in its pixels with a short label each, and lines to write below."""
+    """One cell: the original image (RGB), its regions with a short label each, and lines to write below."""
 
     image: Image.Image
-    boxes_px: list
+    regions: list[Region]
     labels: list[str]
     lines: list[str]
 
@@ -86,7 +88,9 @@ def open_shards(shards: list[str]) -> tuple[int, list[str], Callable[[int], Samp
     def sample_of(index: int) -> Sample:
         image, record = dataset[index]
         names = [region.phrases[0] for region in record.regions]
-        return Sample(image, [region.box for region in record.regions], names, [dataset.names[index], *record.captions[:1]])
+        return Sample(
+            image, [Region(region.box) for region in record.regions], names, [dataset.names[index], *record.captions[:1]]
+        )
 
     return len(dataset), dataset.problems, sample_of
 
@@ -110,7 +114,10 @@ def open_conversations(path: str, images: Path) -> tuple[int, list[str], Callabl
                     image = opened.convert("RGB")
             except IMAGE_ERRORS as error:
                 raise DataError(f"{record['_where']}: image {record['image']} cannot be read ({error}); replace it") from error
-        boxes_px = [region["box"] for region in record.get("regions", [])]
+        regions = [
+            parse_region(value, f"{record['_where']}: regions[{number}]", *image.size)
+            for number, value in enumerate(record.get("regions", []))
+        ]
         lines = [str(record.get("id", index))]
         for turn in record["conversations"]:
             text = turn["value"].replace("<image>", "").strip()
@@ -118,7 +125,7 @@ def open_conversations(path: str, images: Path) -> tuple[int, list[str], Callabl
                 lines[-1] += f"  {text}"
             else:
                 lines.append(text)
-        return Sample(image, boxes_px, [str(number) for number in range(len(boxes_px))], lines)
+        return Sample(image, regions, [str(number) for number in range(len(regions))], lines)
 
     return len(records), problems, sample_of
 
@@ -136,7 +143,7 @@ def check_pixels(count: int, sample_of: Callable[[int], Sample], problems: list[
 
 
 def draw_sheet(samples: list[Sample], mode: str, size: int) -> Image.Image:
-    """The samples side by side: each the model's square, enlarged to `CELL` px, with its boxes, and its lines below."""
+    """The samples side by side: each the model's square, enlarged to `CELL` px, with its regions, and its lines below."""
     font = ImageFont.load_default(11)
     columns = min(4, len(samples))
     wrapped = [[part for line in sample.lines for part in _wrap(line, font)] for sample in samples]
@@ -159,11 +166,17 @@ def _draw_sample(sample: Sample, mode: str, size: int, font) -> Image.Image:
     geometry = Geometry(mode, *sample.image.size, size)
     square = geometry.apply(sample.image).resize((CELL, CELL), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(square)
-    boxes = torch.tensor(sample.boxes_px, dtype=torch.float64).reshape(-1, 4)
     places = []
-    for number, (box, label) in enumerate(zip((geometry.boxes_to_model(boxes) * CELL).tolist(), sample.labels, strict=True)):
+    for number, (region, label) in enumerate(zip(sample.regions, sample.labels, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
-        draw.rectangle(box, outline=colour, width=2)
+        box = (geometry.boxes_to_model(torch.tensor(region.box, dtype=torch.float64)) * CELL).tolist()
+        if region.mask is not None:
+            square.paste(colour, mask=_mask_on_square(region.mask, geometry))
+        if region.point is None:
+            draw.rectangle(box, outline=colour, width=2)
+        else:
+            x, y = (geometry.points_to_model(torch.tensor(region.point, dtype=torch.float64)) * CELL).tolist()
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour, outline="white")
         # The label sits in the box's upper left corner, moved down where another label is.
         x, y = max(0, min(box[0], CELL - draw.textlength(label, font=font) - 4)), min(max(0, box[1]), CELL - LINE)
         while any(abs(y - other_y) < LINE and abs(x - other_x) < 60 for other_x, other_y in places) and y < CELL - LINE:
@@ -172,6 +185,14 @@ def _draw_sample(sample: Sample, mode: str, size: int, font) -> Image.Image:
         draw.rectangle((x, y, x + draw.textlength(label, font=font) + 4, y + LINE), fill=colour)
         draw.text((x + 2, y), label, fill="white", font=font)
     return square
+
+
+def _mask_on_square(rle: dict, geometry: Geometry) -> Image.Image:
+    """Half opaque where the mask is, on the drawn square."""
+    mask = Image.fromarray(decode_mask(rle)).convert("L").point(lambda value: 128 if value else 0)
+    square = Image.new("L", (geometry.size, geometry.size))
+    square.paste(mask.resize(geometry.resized, Image.Resampling.NEAREST), geometry.offset)
+    return square.resize((CELL, CELL), Image.Resampling.NEAREST)
 
 
 def _wrap(line: str, font) -> list[str]:

@@ -102,6 +102,24 @@ def test_boxes_lie_on_what_the_model_sees(run, conversations, geometry, expected
     np.testing.assert_allclose(found, expected, atol=0.01)
 
 
+def test_points_and_masks_are_drawn_where_they_are(run, conversations):
+    folder, record = conversations
+    sample = record("both")
+    sample["conversations"] = [
+        {"from": "human", "value": "<image>\nIs <region:0> in <region:1>?"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    sample["regions"] = [{"point": [30, 10]}, {"mask": [[10, 5, 20, 5, 20, 15, 10, 15]]}]
+    status, _ = run(write(folder, [sample]), "--images", folder / "images", "--out", folder / "p.png")
+    assert status == 0
+    cell = np.asarray(Image.open(folder / "p.png").convert("RGB")).astype(int)[8:308, 8:308]
+    ys, xs = np.nonzero((cell == (0xE6, 0x19, 0x4B)).all(-1))  # of the point's colour; its label lies left and above
+    assert abs(xs.max() - 230) <= 2 and abs(ys.max() - 155) <= 2  # a dot of 5 px around (225, 150)
+    half_green = np.abs(cell - (np.array((0x3C, 0xB4, 0x4B)) + (255, 0, 0)) // 2).max(-1) < 5  # over the red tile
+    ys, xs = np.nonzero(half_green)
+    np.testing.assert_allclose(np.array([xs.min(), ys.max() + 1, xs.max() + 1]) / 300, [0.25, 0.625, 0.5], atol=0.02)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -14,12 +14,13 @@ from pycocotools.coco import COCO
 
 from encoder.errors import DataError
 from encoder.geometry import Geometry
+from encoder.masks import box_weights, patch_weights, pool_under
 from encoder.pretrained import load_encoder, load_processor
 from eval import region_classification
 from eval.coco_files import read_instances
 from eval.predictions import load_evaluation
 from eval.region_features import dense_features
-from eval.region_masks import Masks, box_weights, patch_weights, pool_under
+from eval.region_masks import Masks
 
 WIDTH, HEIGHT = 40, 24
 
