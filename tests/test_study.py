@@ -23,7 +23,6 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import study  # noqa: E402
-
 from study_table import pooled, read_run, write_table  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1800)
@@ -197,3 +196,26 @@ def test_fields_of_the_model_in_a_recipe():
         PretrainConfig(shards="a", output="b", model_fields="box_tokens=joint")
     with pytest.raises(DataError, match="model_fields holds 'box_token'; write name=value with one of .*region_encoder"):
         PretrainConfig(shards="a", output="b", model_fields="box_token")
+
+
+def test_a_fresh_head_on_frozen_towers_learns_to_point(arguments, monkeypatch, tmp_path):
+    import study_text_to_box as alone
+
+    model = study.run_folder(arguments.out, "cloc", 0) / "training" / "model"
+    monkeypatch.setitem(alone.SETTINGS, "mse", alone.Setting(once=True, rate=3e-3, steps=250))
+    monkeypatch.setitem(alone.SETTINGS, "l1_giou", alone.Setting("l1_giou", once=True, rate=3e-3, steps=250, readout="mean"))
+    shards, out = str(arguments.scenes / "shards" / "train"), tmp_path / "out"
+    flags = ["--model", str(model), "--shards", shards, "--scenes", str(arguments.scenes), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["study_text_to_box.py", *flags, "--settings", "mse", "l1_giou"])
+    alone.main()
+    results = json.loads((out / "text_to_box.json").read_text())
+    assert list(results) == ["the model's own head", "mse", "l1_giou"]
+    own = result(arguments, "cloc")["scores"]["text_to_box/seen"]
+    assert results["the model's own head"]["mean_iou"]["n"] == own["n"]
+    own_iou = results["the model's own head"]["mean_iou"]["value"]
+    for name in ("mse", "l1_giou"):  # in the scenes learned from
+        assert results[name]["train_mean_iou"]["value"] > max(0.3, own_iou + 0.2)
+    flags[1] = str(study.run_folder(arguments.out, "roi_align", 0) / "training" / "model")
+    monkeypatch.setattr(sys, "argv", ["study_text_to_box.py", *flags])
+    with pytest.raises(DataError, match="has no BoxHead"):
+        alone.main()
