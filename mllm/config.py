@@ -54,7 +54,10 @@ class MllmConfig:
     max_length: longest row in tokens, picture included; longer conversations are cut, and counted
     share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
         The same losses and gradients as in rows of their own, and the picture is run once
-    batch_size: rows per process and step; a row is a conversation, or all those of a picture with share_pictures
+    pack: different conversations share a row, up to max_length, each seeing itself alone: no padding, the same losses and
+        gradients. After share_pictures where both are on
+    batch_size: rows per process and step; a row is a conversation, all those of a picture with share_pictures, or as many
+        as fit with pack
     gradient_accumulation: batches per optimizer step
     epochs: passes over the data
     max_steps: optimizer steps; 0 leaves it to epochs
@@ -109,6 +112,7 @@ class MllmConfig:
     template: str = "auto"
     max_length: int = 2048
     share_pictures: bool = False
+    pack: bool = False
     batch_size: int = 16
     gradient_accumulation: int = 1
     epochs: float = 1.0
@@ -188,8 +192,10 @@ class MllmConfig:
             )
         if self.cache_features and "tower" in self.train:
             raise DataError("cache_features keeps a frozen tower's features, but train names tower; drop one of the two")
-        if self.share_pictures and self.attention != "sdpa":
-            raise DataError(f"share_pictures needs a mask that attention {self.attention} does not take; choose sdpa")
+        if self.joins_rows and self.attention != "sdpa":
+            raise DataError(f"{self.joins_rows} needs a mask that attention {self.attention} does not take; choose sdpa")
+        if self.pack and self.group_by_length:
+            raise DataError("pack makes rows of one length, so that group_by_length has nothing to do; drop one of the two")
         rates = {"projector": self.projector_learning_rate, "tower": self.tower_learning_rate}
         for part, rate in rates.items():
             if rate is not None and part not in self.train:
@@ -213,6 +219,11 @@ class MllmConfig:
             )
         if self.learning_rate <= 0 or (self.epochs <= 0 and not self.max_steps):
             raise DataError("learning_rate and epochs (or max_steps) must be above 0; nothing is learned otherwise")
+
+    @property
+    def joins_rows(self) -> str | None:
+        """The field, if any, that puts several conversations into a row."""
+        return "pack" if self.pack else "share_pictures" if self.share_pictures else None
 
     @property
     def trains(self) -> set[str]:

@@ -56,10 +56,10 @@ class Mllm:
 def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     """What the recipe names: an MLLM folder to go on from, or a tower and a language model joined by a new projector."""
     mllm = _from_folder(config, dtype) if config.model else _from_parts(config, dtype)
-    if config.share_pictures and not attends_to_all(mllm.model.config.text_config, config.max_length):
+    if config.joins_rows and not attends_to_all(mllm.model.config.text_config, config.max_length):
         raise DataError(
-            f"share_pictures is true, but tokens of the language model {config.model or config.llm} do not see all of a row of "
-            f"{config.max_length} (sliding window or recurrent layers); leave share_pictures out, or lower max_length"
+            f"{config.joins_rows} is true, but tokens of the language model {config.model or config.llm} do not see all of a row "
+            f"of {config.max_length} (sliding window or recurrent layers); leave {config.joins_rows} out, or lower max_length"
         )
     return mllm
 

@@ -111,10 +111,12 @@ def _dataset(config: MllmConfig, mllm: Mllm, files: list[str]) -> ConversationDa
         mllm.num_image_tokens,
         config.max_length,
         config.share_pictures,
+        config.pack,
         progress=rank() == 0,
     )
-    if config.share_pictures and len(dataset) == dataset.num_records > 1:
-        _say("share_pictures joined no rows: no two conversations have a picture in common, or answers follow it at once")
+    if config.joins_rows and len(dataset) == dataset.num_records > 1:
+        why = "no two fit into max_length" if config.pack else "no two have a picture in common, or answers follow it at once"
+        _say(f"{config.joins_rows} joined no conversations: {why}")
     if dataset.num_cut:
         _say(f"{dataset.num_cut} of {dataset.num_records} conversations were cut at {config.max_length} tokens")
     return dataset
