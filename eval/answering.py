@@ -54,8 +54,11 @@ class MllmAnswerer:
         answers = self.model.generate(images, prompts, batch_size=batch_size, progress=False)
         predictions = []
         for target, prompt, raw in zip(targets, prompts, answers, strict=True):
-            box, reason = self.model.decode_box(raw, (target.width, target.height))
-            predictions.append(Prediction(target.id, target.image, prompt, raw, box, reason))
+            size = (target.width, target.height)
+            box, reason = self.model.decode_box(raw, size)
+            boxes = self.model.decode_boxes(raw, size)
+            several = boxes if len(boxes) > 1 else ()
+            predictions.append(Prediction(target.id, target.image, prompt, raw, box, reason, boxes=several))
         return predictions
 
     def name(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:

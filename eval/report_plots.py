@@ -12,6 +12,13 @@ METRIC_NAMES = {
     "acc_50": "acc@0.5",
     "micro": "accuracy",
     "macro": "mean per class",
+    "merged_box": "merged box",
+    "any_box": "any box",
+    "yes_no": "accuracy",
+    "two_choice": "accuracy",
+    "ferret_rule": "by Ferret's rule",
+    "cider": "CIDEr",
+    "same_words": "same words",
     **{f"recall_{k}": f"R@{k}" for k in (1, 5, 10)},
     **{f"top_{k}": f"top-{k}" for k in (1, 5)},
 }

@@ -72,7 +72,7 @@ def run_benchmark(
         raise DataError("--model and --data are needed, unless --score-only is given")
     with processes():
         parts = [limited(part, args.limit) for part in read()]
-        images = args.images or args.data.resolve().parent / "images"
+        images = image_folder(args)
         check_images({t.image: (t.width, t.height) for part in parts for t in part.targets}, images)
         answerer = load() if load else load_answerer(args.model, args.device, args.dtype)
         answers = [ask(answerer, part) if ask else answerer.ground for part in parts]
@@ -95,6 +95,10 @@ def run_benchmark(
             first_does(lambda folder=log.folder: print(score_line(score_folder(folder))))
         if rank() == 0:
             print(f"answers and scores: {args.out}")
+
+
+def image_folder(args: argparse.Namespace) -> Path:
+    return args.images or args.data.resolve().parent / "images"
 
 
 def limited(part: Part, limit: int | None) -> Part:

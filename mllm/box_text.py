@@ -101,6 +101,11 @@ class BoxCodec:
             return None, f"top edge {match[2]} is not above bottom edge {match[4]}"
         return torch.tensor(box, dtype=torch.float32), None
 
+    def decode_all(self, text: str) -> list[Tensor]:
+        """All well-formed boxes of `text`, in order, each (4,) as of `decode`; one that `decode` would refuse is left out."""
+        found = (self.decode(match[0])[0] for match in self._pattern(4).finditer(text))
+        return [box for box in found if box is not None]
+
     @property
     def _form(self) -> _Form:
         return _FORMS[self.name]
