@@ -28,6 +28,7 @@ from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig, layers_of
 from mllm.image_input import ImageInput
+from mllm.lora import add_lora, is_lora, lora_config, quantize
 from mllm.packing import attends_to_all
 from mllm.records import texts_of
 from mllm.templates import choose_template, end_token_ids
@@ -40,6 +41,7 @@ class Mllm:
 
     sentencepiece_model: the serialised model of a tokenizer of our own, else None
     from_scratch: whether projector and language model start from random weights
+    lora: peft's LoraConfig of the layers that were added, else None
     """
 
     model: LlavaForConditionalGeneration
@@ -47,6 +49,7 @@ class Mllm:
     settings: MllmSettings
     sentencepiece_model: bytes | None = None
     from_scratch: bool = False
+    lora: object | None = None
 
     @property
     def num_image_tokens(self) -> int:
@@ -61,6 +64,12 @@ def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
             f"{config.joins_rows} is true, but tokens of the language model {config.model or config.llm} do not see all of a row "
             f"of {config.max_length} (sliding window or recurrent layers); leave {config.joins_rows} out, or lower max_length"
         )
+    if config.llm_bits:
+        quantize(mllm.model.model.language_model, config.llm_bits, getattr(torch, config.save_dtype))
+    if config.uses_lora:
+        torch.manual_seed(config.seed)
+        mllm.lora = lora_config(mllm.model, config)
+        add_lora(mllm.model, mllm.lora)
     return mllm
 
 
@@ -248,10 +257,10 @@ def fit_projector(projector: LlavaMultiModalProjector, features_SD: Tensor, outp
 
 
 def part_of(name: str) -> str:
-    """`tower`, `projector` or `llm`: which part a parameter of the stock Llava belongs to."""
-    if "vision_tower." in name:
-        return "tower"
-    return "projector" if "multi_modal_projector." in name else "llm"
+    """Which part a parameter belongs to: `tower`, `projector` or `llm`, and of LoRA layers `tower_lora` or `llm_lora`."""
+    if "multi_modal_projector." in name:
+        return "projector"
+    return ("tower" if "vision_tower." in name else "llm") + ("_lora" if is_lora(name) else "")
 
 
 def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: torch.dtype) -> None:
@@ -261,5 +270,5 @@ def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: 
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():  # else in low bits, where it was rounded before
             parameter.data = parameter.data.to(save_dtype).to(parameter.dtype)
