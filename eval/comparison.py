@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from encoder.errors import DataError
+from eval.judge import read_judged
 from eval.metrics import Interval
 from eval.predictions import Evaluation, find_evaluations, first_difference, load_evaluation
 from eval.scoring import Scored, score_questions
@@ -69,6 +70,11 @@ def load_run(argument: str) -> Run:
     entries: dict[str, list[Entry]] = {}
     for evaluation_folder in find_evaluations(folder):
         evaluation = load_evaluation(evaluation_folder)
+        if evaluation.protocol.get("task") == "judged":
+            judged = read_judged(evaluation_folder)
+            if judged is None:  # said to be not evaluated, as any other that is not there
+                continue
+            evaluation.protocol.update(judge=judged["judge"], rule_sha256=judged["rule_sha256"])
         entries.setdefault(evaluation.name, []).append(Entry(evaluation, score_questions(evaluation)))
     for variants in entries.values():
         # Every run, the baseline too, is represented by its best way of reading a box.

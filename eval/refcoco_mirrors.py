@@ -16,11 +16,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from encoder.data.sources.labelled import numbers
 from encoder.errors import DataError
 from eval.refcoco_files import RefcocoFiles, Referral, refuse_doubled
+from eval.runner import picture_size
 
 SET_NAMES = {"refcocog": "refcocog", "refcoco+": r"refcoco(\+|_?plus)", "ref_l4": "ref-?_?l4", "refcoco": "refcoco"}
 SETS = tuple(SET_NAMES)
@@ -129,7 +128,7 @@ def _referral(row: dict, where: str, split: str, images: Path) -> Referral:
         raise DataError(f"{where}: no split in the row and none in the file's name; call the file like refcoco_val.jsonl")
     x1, y1, x2, y2 = numbers(row.get("bbox"), 4, f"{where}: bbox")
     box = (x1, y1, x1 + x2, y1 + y2) if xywh else (x1, y1, x2, y2)
-    width, height = size or _size(images, name, where)
+    width, height = size or picture_size(images, name, where)
     if not (0 <= box[0] < box[2] <= width + 1 and 0 <= box[1] < box[3] <= height + 1):
         raise DataError(f"{where}: box {list(box)} has no area or leaves the picture of {width}x{height} px; is it in pixels?")
     return Referral(ref_id, split, name, width, height, box, str(row.get("ori_category_id", "")), sentences)
@@ -137,14 +136,6 @@ def _referral(row: dict, where: str, split: str, images: Path) -> Referral:
 
 def _counted(name: str) -> bool:
     return re.search(r"_\d{12}_\d+\.\w+$", name) is not None
-
-
-def _size(images: Path, name: str, where: str) -> tuple[int, int]:
-    try:
-        with Image.open(images / name) as image:
-            return image.size
-    except OSError as error:
-        raise DataError(f"{where}: {images / name} is not there or broken ({error}); pass COCO's train2014 as --images") from None
 
 
 def _set_of(row: dict, data: Path) -> str:

@@ -19,6 +19,7 @@ METRIC_NAMES = {
     "ferret_rule": "by Ferret's rule",
     "cider": "CIDEr",
     "same_words": "same words",
+    "judged": "judge's marks",
     **{f"recall_{k}": f"R@{k}" for k in (1, 5, 10)},
     **{f"top_{k}": f"top-{k}" for k in (1, 5)},
 }

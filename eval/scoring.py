@@ -4,7 +4,8 @@
 original image. `naming`: a name was asked for; right when it is the true name, up to case and surrounding blanks. An
 answer that could not be parsed is wrong, and counted. `retrieval` and `classification`: candidates were ranked; right
 when a right one is among the first k, and with equal scores as often as a random order among them would have it. `phrases`: see
-`eval.phrases`. `yes_no`, `choice`, `describing`: see `eval.words`. `judged`: a judge's mark over its mark for the reference.
+`eval.phrases`. `yes_no`, `choice`, `describing`: see `eval.words`. `judged`: a judge's mark over the mean of its marks for
+the references.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from encoder.errors import DataError
+from eval.judge import read_judged
 from eval.metrics import (
     THRESHOLDS,
     Interval,
@@ -30,7 +32,7 @@ from eval.metrics import (
     size_name,
 )
 from eval.phrases import RECALLS, by_type, phrase_hits
-from eval.predictions import Evaluation, find_evaluations, load_evaluation, write_whole
+from eval.predictions import Evaluation, find_evaluations, load_evaluation, read_run, write_whole
 from eval.words import choice_hits, choice_report, cider, said_yes, tokens_of, yes_no_report
 
 # How many of the first candidates a ranking's metrics look at.
@@ -47,6 +49,7 @@ HEADLINES = {
     "yes_no": ("yes_no",),
     "choice": ("two_choice", "ferret_rule"),
     "describing": ("cider", "same_words"),
+    "judged": ("judged",),
 }
 TASKS = tuple(HEADLINES)
 # COCO's three sizes, by the area of the true box in pixels.
@@ -92,7 +95,7 @@ class Scored:
         """A metric of `HEADLINES` with its interval."""
         if metric == "macro":
             return macro_interval(self.hits, self.categories, self.images, seed)
-        if metric == "cider":  # no share of right answers
+        if metric in ("cider", "judged"):  # no share of right answers
             return mean_interval(self.hits_of(metric), self.images, seed)
         return accuracy_interval(self.hits_of(metric), self.images, seed)
 
@@ -164,6 +167,13 @@ def metrics_of(evaluation: Evaluation) -> dict[str, np.ndarray]:
     pairs = list(zip(targets, predictions, strict=True))
     if task == "yes_no":
         return {"yes_no": np.array([said_yes(p.raw) == (t.answers[0] == "yes") for t, p in pairs], np.float64)}
+    if task == "judged":
+        judged = read_judged(evaluation.folder)
+        if judged is None:
+            raise DataError(f"{evaluation.folder}: the answers have not been judged; run eval/ferret_bench.py with --judge")
+        marks = {mark["id"]: mark["ours"] / judged["mean_marks"]["reference"] for mark in judged["marks"]}
+        mean = sum(marks.values()) / len(marks)
+        return {"judged": np.array([marks.get(target.id, mean) for target in targets])}  # one without a mark moves nothing
     scores = cider([p.raw for p in predictions], [list(t.answers) for t in targets])
     same = [float(any(tokens_of(p.raw) == tokens_of(text) for text in t.answers)) for t, p in pairs]
     return {"cider": scores, "same_words": np.array(same)}
@@ -178,6 +188,9 @@ def details_of(evaluation: Evaluation, scored: Scored) -> dict[str, Any]:
         return choice_report(targets, predictions, scored.hits)
     if scored.task == "describing":
         return {}
+    if scored.task == "judged":
+        judged = read_judged(evaluation.folder)
+        return {key: judged[key] for key in ("judge", "rule_sha256", "mean_marks", "without_marks")}
     details: dict[str, Any] = {f"{name}_by_type": by_type(hits, targets) for name, hits in scored.by_metric.items()}
     if evaluation.protocol.get("codec") == "ranking":
         for k in RECALLS[1:]:
@@ -228,10 +241,10 @@ def groups(hits: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
     }
 
 
-def score_line(scores: dict[str, Any]) -> str:
+def score_line(scores: dict[str, Any], metrics: tuple[str, ...] | None = None) -> str:
     """One line for the terminal: benchmark, accuracies in percent with their intervals, n, and what is missing."""
     parts = []
-    for metric in HEADLINES[scores["task"]]:
+    for metric in metrics or HEADLINES[scores["task"]]:
         if metric not in scores:
             continue
         s = scores[metric]
@@ -247,8 +260,11 @@ def score_line(scores: dict[str, Any]) -> str:
     return f"{name:<38} {'  '.join(parts)}  n {scores['n']}  ({scores['completeness']})"
 
 
-def score_run(run_folder: Path) -> None:
+def score_run(run_folder: Path, metrics: tuple[str, ...] | None = None) -> None:
     """Scores every evaluation below a run folder again and prints a line for each: `--score-only`."""
     for folder in find_evaluations(run_folder):
-        print(score_line(score_folder(folder)))
+        if read_run(folder)["protocol"].get("task") == "judged" and read_judged(folder) is None:
+            print(f"{folder}: answered, not judged")
+            continue
+        print(score_line(score_folder(folder), metrics))
     print(f"answers and scores: {run_folder}")

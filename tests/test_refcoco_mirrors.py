@@ -123,7 +123,7 @@ def test_what_is_not_in_a_form_gets_one_sentence(tmp_path):
         ([{"image": "a.jpg", "text": "x"}], "line 1: not in a form of the RefCOCO family"),
         ([{**qwen()[0], "bbox": [20, 3, 18.5, 20]}], "line 1: box .* has no area"),
         ([{**qwen()[0], "bbox": [0.1, 0.2, "x", 1]}], "line 1: bbox is .*4 numbers were expected"),
-        ([{**lmms()[0], "file_name": "COCO_train2014_000000000999_1.jpg"}], "0999.jpg is not there or broken.*train2014"),
+        ([{**lmms()[0], "file_name": "COCO_train2014_000000000999_1.jpg"}], "0999.jpg is not there or broken.*--images"),
         ([], "holds no row"),
     ):
         with pytest.raises(DataError, match=message):
