@@ -5,6 +5,7 @@ Loading is strict: a parameter that is missing, unused or of another size is an 
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -53,14 +54,18 @@ def load_strict(cls, folder, may_miss: tuple[str, ...] = (), **kwargs):
         model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except (OSError, SafetensorError) as error:  # no weights, or not whole
         raise DataError(f"{folder}: the weights cannot be read ({error}); copy or save the folder again") from error
+    # A tower saved with its projection (CLIPVisionModelWithProjection) is whole without it.
+    check_loaded(info, folder, {"visual_projection.weight"} if cls is CLIPVisionModel else set(may_miss))
+    return model.eval()
+
+
+def check_loaded(info: dict, folder: str | Path, allowed: Collection[str] = ()) -> None:
+    """Names what `from_pretrained` found missing, unused or of another size, but for the `allowed` names."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # A tower saved with its projection (CLIPVisionModelWithProjection) is whole without it.
-        allowed = {"visual_projection.weight"} if cls is CLIPVisionModel else set(may_miss)
-        keys = {str(key) for key in info[problem]} - allowed
+        keys = {str(key) for key in info[problem]} - set(allowed)
         if keys:
             names = ", ".join(sorted(keys)[:5])
             raise DataError(f"{folder}: {len(keys)} {problem.replace('_', ' ')} ({names}); is it the right folder?")
-    return model.eval()
 
 
 def load_encoder(source: str | Path, dtype: torch.dtype | str = torch.float32) -> ClocModel | CLIPModel | SiglipModel:

@@ -3,6 +3,7 @@
 Both have the same few methods, so a benchmark does not ask which one it has. Boxes are xyxy pixels of the original image.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from eval.predictions import Prediction, PredictionLog, Target
 from eval.processes import best_device
 from mllm.generation import GroundingModel
 from mllm.image_input import read_picture
+from mllm.likelihood import answer_likelihoods
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,8 +56,11 @@ class MllmAnswerer:
         answers = self.model.generate(images, prompts, batch_size=batch_size, progress=False)
         predictions = []
         for target, prompt, raw in zip(targets, prompts, answers, strict=True):
-            box, reason = self.model.decode_box(raw, (target.width, target.height))
-            predictions.append(Prediction(target.id, target.image, prompt, raw, box, reason))
+            size = (target.width, target.height)
+            box, reason = self.model.decode_box(raw, size)
+            boxes = self.model.decode_boxes(raw, size)
+            several = boxes if len(boxes) > 1 else ()
+            predictions.append(Prediction(target.id, target.image, prompt, raw, box, reason, boxes=several))
         return predictions
 
     def name(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
@@ -64,6 +69,35 @@ class MllmAnswerer:
         boxes = [[target.box] for target in targets]
         answers = self.model.generate(images, [prompt] * len(targets), boxes, batch_size, progress=False)
         return [Prediction(t.id, t.image, prompt, raw) for t, raw in zip(targets, answers, strict=True)]
+
+    def asks(self, question: Callable[[Target], tuple[str, list]], max_new_tokens: int = 32):
+        """What answers in words, to be used like `ground`. question: target -> (words, regions that they name)."""
+
+        def answer(targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
+            prompts, regions = zip(*map(question, targets), strict=True)
+            raw = self.model.generate(images, list(prompts), list(regions), batch_size, max_new_tokens, progress=False)
+            return [Prediction(t.id, t.image, prompt, text) for t, prompt, text in zip(targets, prompts, raw, strict=True)]
+
+        return answer
+
+    def chooses(self, question: Callable[[Target], tuple[str, list]]):
+        """What compares the likelihoods of a target's choices as answers, to be used like `ground`; nothing is generated."""
+
+        def answer(targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
+            rows = [
+                (image, *question(target), choice)
+                for target, image in zip(targets, images, strict=True)
+                for choice in target.choices
+            ]
+            found = iter(answer_likelihoods(self.model, rows, batch_size))
+            predictions = []
+            for target in targets:
+                likelihoods = tuple(next(found) for _ in target.choices)
+                best = target.choices[max(range(len(likelihoods)), key=likelihoods.__getitem__)]
+                predictions.append(Prediction(target.id, target.image, question(target)[0], best, likelihoods=likelihoods))
+            return predictions
+
+        return answer
 
 
 class EncoderAnswerer:

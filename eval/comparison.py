@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from encoder.errors import DataError
+from eval.judge import read_judged
 from eval.metrics import Interval
 from eval.predictions import Evaluation, find_evaluations, first_difference, load_evaluation
-from eval.scoring import HEADLINES, Scored, score_questions
+from eval.scoring import Scored, score_questions
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,15 @@ def load_run(argument: str) -> Run:
     entries: dict[str, list[Entry]] = {}
     for evaluation_folder in find_evaluations(folder):
         evaluation = load_evaluation(evaluation_folder)
+        if evaluation.protocol.get("task") == "judged":
+            judged = read_judged(evaluation_folder)
+            if judged is None:  # said to be not evaluated, as any other that is not there
+                continue
+            evaluation.protocol.update(judge=judged["judge"], rule_sha256=judged["rule_sha256"])
         entries.setdefault(evaluation.name, []).append(Entry(evaluation, score_questions(evaluation)))
     for variants in entries.values():
         # Every run, the baseline too, is represented by its best way of reading a box.
-        variants.sort(key=lambda entry: -entry.scored.accuracy(HEADLINES[entry.scored.task][-1]).value)
+        variants.sort(key=lambda entry: -entry.scored.accuracy(entry.scored.metrics[-1]).value)
     ordered = {key: entries[key] for key in sorted(entries, key=paper_order)}
     return Run(name if equals else folder.resolve().name, folder, ordered)
 
@@ -176,7 +182,7 @@ def compare(runs: list[Run], pairs: list[Pair], seed: int = 0) -> list[Row]:
     for name in sorted(shared_names(runs, pairs), key=paper_order):
         scored = {run: entries[name] for run, entries in best.items() if name in entries}
         any_run = next(iter(scored.values()))
-        for metric in HEADLINES[any_run.task]:
+        for metric in any_run.metrics:
             accuracies = {run: s.accuracy(metric, seed) for run, s in scored.items()}
             differences = {
                 pair: scored[pair.first].difference(scored[pair.second], metric, seed)

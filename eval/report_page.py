@@ -254,7 +254,7 @@ def _provenance(runs: list[Run]) -> list[str]:
 
 def _provenance_line(entry: Entry, compared: bool) -> str:
     record, launch = entry.evaluation.run["model"], entry.evaluation.run["launches"][-1]
-    accuracy = " / ".join(percent(entry.scored.accuracy(metric).value) for metric in HEADLINES[entry.scored.task])
+    accuracy = " / ".join(percent(entry.scored.accuracy(metric).value) for metric in entry.scored.metrics)
     name = entry.evaluation.name + (f", {entry.variant}" if entry.variant else "") + (" (compared)" if compared else "")
     facts = [f"{key} {value}" for key, value in record.items() if key not in ("weights_sha256", "variant")]
     cells = (

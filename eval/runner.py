@@ -7,10 +7,13 @@ The same command again goes on where it was stopped; several processes give the 
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from encoder.distributed import rank
 from encoder.errors import DataError
@@ -60,19 +63,22 @@ def run_benchmark(
     load: Callable[[], Any] | None = None,
     ask: Callable[[Any, Part], Callable] | None = None,
     unit: str = "question",
+    metrics: tuple[str, ...] | None = None,
+    scored: bool = True,
 ) -> None:
     """Reads, asks, scores, and prints a line per split.
 
     read: the parts to evaluate, called where there is something to ask; load: the answerer, by default that of --model
-    ask: (answerer, part) -> its method for these targets; default `ground`
+    ask: (answerer, part) -> its method for these targets; default `ground`; metrics: those to print, default all
+    scored: whether answers alone decide the score
     """
     if args.score_only:
-        return score_run(args.out)
+        return score_run(args.out, metrics)
     if args.model is None or args.data is None:
         raise DataError("--model and --data are needed, unless --score-only is given")
     with processes():
         parts = [limited(part, args.limit) for part in read()]
-        images = args.images or args.data.resolve().parent / "images"
+        images = image_folder(args)
         check_images({t.image: (t.width, t.height) for part in parts for t in part.targets}, images)
         answerer = load() if load else load_answerer(args.model, args.device, args.dtype)
         answers = [ask(answerer, part) if ask else answerer.ground for part in parts]
@@ -92,9 +98,52 @@ def run_benchmark(
                 settings={"model": str(args.model), "images": str(images), "batch_size": args.batch_size},
             )
             answer_all(log, images, answer, args.batch_size, unit)
-            first_does(lambda folder=log.folder: print(score_line(score_folder(folder))))
+            if not scored:
+                continue
+            first_does(lambda folder=log.folder: print(score_line(score_folder(folder), metrics)))
         if rank() == 0:
             print(f"answers and scores: {args.out}")
+
+
+def image_folder(args: argparse.Namespace) -> Path:
+    return args.images or args.data.resolve().parent / "images"
+
+
+def picture_size(images: Path, name: str, where: str) -> tuple[int, int]:
+    """(width, height) of a picture whose annotations do not state it. `where` names the row that asks for it."""
+    try:
+        with Image.open(images / name) as image:
+            return image.size
+    except OSError as error:
+        raise DataError(
+            f"{where}: {images / name} is not there or broken ({error}); pass the folder that holds it as --images"
+        ) from None
+
+
+def needs_words(answerer: Any, model: Path) -> Any:
+    """The answerer, if it is an MLLM. DataError for an encoder."""
+    if not hasattr(answerer, "asks"):
+        raise DataError(f"{model} is an encoder, which has no words; this benchmark needs the folder of an MLLM")
+    return answerer
+
+
+def json_lines(path: Path) -> list[tuple[dict, str]]:
+    """(object, 'file, line n') per line. DataError for a file that is missing, or a line that is no object."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); download it again") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg}); download it again") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a JSON object was expected, this is {type(row).__name__}; download it again")
+        rows.append((row, where))
+    return rows
 
 
 def limited(part: Part, limit: int | None) -> Part:

@@ -13,7 +13,7 @@ Each has a fixed form, so that nothing has to be guessed from what a model wrote
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,20 @@ class BoxCodec:
         if y1 >= y2:
             return None, f"top edge {match[2]} is not above bottom edge {match[4]}"
         return torch.tensor(box, dtype=torch.float32), None
+
+    def decode_all(self, text: str) -> list[Tensor]:
+        """All well-formed boxes of `text`, in order, each (4,) as of `decode`; one that `decode` would refuse is left out."""
+        found = (self.decode(match[0])[0] for match in self._pattern(4).finditer(text))
+        return [box for box in found if box is not None]
+
+    def replace(self, text: str, write: Callable[[Tensor], str]) -> str:
+        """`text` with `write(box)` for each box that `decode_all` gives; all else stays."""
+
+        def written(match: re.Match) -> str:
+            box, _ = self.decode(match[0])
+            return match[0] if box is None else write(box)
+
+        return self._pattern(4).sub(written, text)
 
     @property
     def _form(self) -> _Form:

@@ -33,6 +33,7 @@ class MllmSettings:
     template: name of the chat template (`own`: the language model's)
     tower_path: the folder the tower came from; tower_hash: sha256 of its weights as saved here
     dtype: number format of the saved weights; trained: parts that learned, run by run; regions: how a region enters
+    base: of an adapter folder, the recipe's fields that name what it was trained on; llm_bits: the language model's, there
     versions: of the libraries that wrote it
     """
 
@@ -45,6 +46,8 @@ class MllmSettings:
     dtype: str = "float32"
     trained: list[list[str]] = field(default_factory=list)
     regions: str = REGIONS
+    base: dict = field(default_factory=dict)
+    llm_bits: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
@@ -72,8 +75,15 @@ class MllmSettings:
 def load_mllm(
     folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, MllmSettings]:
-    """Model in evaluation mode, tokenizer and settings; the tower's weights must be those that were saved."""
+    """Model in evaluation mode, tokenizer and settings; the tower's weights must be those that were saved.
+
+    An adapter folder gives the model it was trained on with LoRA added to the weights; in low bits LoRA stays beside them.
+    """
     settings = MllmSettings.read(folder)
+    if settings.base:
+        from mllm.adapter_folder import load_adapter  # which loads its base by this function
+
+        return load_adapter(folder, settings, dtype, attention)
     saved_dtype = getattr(torch, settings.dtype)
     # Loaded in the saved format first: the hash is of those bytes.
     arguments = {"dtype": saved_dtype, "attn_implementation": attention, "ignore_mismatched_sizes": True}
@@ -89,13 +99,17 @@ def load_mllm(
             f"{folder}: {len(wrong)} parameters are missing or of another size ({', '.join(wrong[:3])}); "
             "config.json and weights are not of one model, train the folder again"
         )
-    found = weights_hash(model.model.vision_tower)
+    check_tower(folder, weights_hash(model.model.vision_tower), settings)
+    return model.to(dtype).eval(), tokenizer, settings
+
+
+def check_tower(folder: str | Path, found: str, settings: MllmSettings) -> None:
+    """Refuses a tower whose weights are not those that were saved."""
     if found != settings.tower_hash:
         raise DataError(
             f"{folder}: the tower's weights (sha256 {found[:12]}) are not those that {SETTINGS_FILE} names "
             f"({settings.tower_hash[:12]}); the folder was changed after training, train it again"
         )
-    return model.to(dtype).eval(), tokenizer, settings
 
 
 def save_mllm(
@@ -122,8 +136,7 @@ def save_mllm(
     _write_config(folder, model, dtype)
     save_tokenizer(tokenizer, folder, sentencepiece_model)
     _write_image_settings(folder, model, settings.image)
-    prefix = "model.vision_tower."
-    settings.tower_hash = _hash({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    settings.tower_hash = tower_hash(state)
     settings.dtype = str(dtype).removeprefix("torch.")
     settings.write(folder)
 
@@ -150,9 +163,10 @@ def _write_config(folder: Path, model: LlavaForConditionalGeneration, dtype: tor
     model.generation_config.save_pretrained(folder)
 
 
-def _hash(state: dict[str, Tensor]) -> str:
-    holder = nn.Module()
-    holder.state_dict = lambda: state
+def tower_hash(state: dict[str, Tensor]) -> str:
+    """sha256 of the tower's weights in a stock Llava's state."""
+    prefix, holder = "model.vision_tower.", nn.Module()
+    holder.state_dict = lambda: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return weights_hash(holder)
 
 

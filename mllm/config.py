@@ -10,7 +10,7 @@ from encoder.geometry import MODES
 from mllm.box_text import CODECS, DEFAULT_CODEC, BoxCodec
 from mllm.templates import TEMPLATES
 
-PARTS = ("projector", "llm", "tower")
+PARTS = ("projector", "llm", "tower", "llm_lora", "tower_lora")
 PRESETS = ("nano",)
 PRECISIONS = ("bf16", "fp32")
 DTYPES = ("bfloat16", "float32")
@@ -31,10 +31,17 @@ class MllmConfig:
     llm: folder of any causal language model with its tokenizer
     llm_preset: a language model from scratch instead of `llm`: nano (Llama of llm_width x llm_layers)
     projector: an MLLM folder whose projector is the start, with `tower` and `llm`
-    train: parts that learn: projector, llm, tower
-    learning_rate: peak rate of the language model, and of each part without a rate of its own
+    train: parts that learn: projector, llm, tower; llm_lora and tower_lora: LoRA layers in that part, itself frozen
+    learning_rate: peak rate of the language model or its LoRA, and of each part without a rate of its own
     projector_learning_rate: peak rate of the projector
-    tower_learning_rate: peak rate of the tower
+    tower_learning_rate: peak rate of the tower or its LoRA
+    lora_rank: width of a LoRA layer
+    lora_alpha: its output is scaled by lora_alpha / lora_rank
+    lora_dropout: share of its inputs that are dropped in training
+    lora_targets: last names of the linear layers that get one, such as q_proj; none named: all but the output layer
+    save_adapter: keep LoRA apart in the finished folder (peft's files, and the projector) instead of adding it to the weights;
+        always so with llm_bits
+    llm_bits: 4 or 8: the frozen language model's linear layers in that many bits (QLoRA), by bitsandbytes
     val_data: conversation files for a held-out loss and accuracy of tokens, measured every val_every steps
     val_every: steps between two such measurements
     tokenizer_data: conversation files that the preset's tokenizer is trained on; data if empty. Name later domains too
@@ -54,7 +61,10 @@ class MllmConfig:
     max_length: longest row in tokens, picture included; longer conversations are cut, and counted
     share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
         The same losses and gradients as in rows of their own, and the picture is run once
-    batch_size: rows per process and step; a row is a conversation, or all those of a picture with share_pictures
+    pack: different conversations share a row, up to max_length, each seeing itself alone: no padding, the same losses and
+        gradients. After share_pictures where both are on
+    batch_size: rows per process and step; a row is a conversation, all those of a picture with share_pictures, or as many
+        as fit with pack
     gradient_accumulation: batches per optimizer step
     epochs: passes over the data
     max_steps: optimizer steps; 0 leaves it to epochs
@@ -94,6 +104,12 @@ class MllmConfig:
     learning_rate: float = 1e-3
     projector_learning_rate: float | None = None
     tower_learning_rate: float | None = None
+    lora_rank: int = 128
+    lora_alpha: float = 256.0
+    lora_dropout: float = 0.05
+    lora_targets: list[str] = field(default_factory=list)
+    save_adapter: bool = False
+    llm_bits: int | None = None
     val_data: list[str] = field(default_factory=list)
     val_every: int = 500
     tokenizer_data: list[str] = field(default_factory=list)
@@ -109,6 +125,7 @@ class MllmConfig:
     template: str = "auto"
     max_length: int = 2048
     share_pictures: bool = False
+    pack: bool = False
     batch_size: int = 16
     gradient_accumulation: int = 1
     epochs: float = 1.0
@@ -136,7 +153,7 @@ class MllmConfig:
     report_to: str = "tensorboard"
 
     def __post_init__(self):
-        for name in ("data", "train", "val_data", "tokenizer_data"):
+        for name in ("data", "train", "val_data", "tokenizer_data", "lora_targets"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         self._check_words()
@@ -186,16 +203,39 @@ class MllmConfig:
                 f"codec {self.codec} gives the language model new tokens, but train lacks llm, so none would be learned; "
                 "add it, or take another codec"
             )
-        if self.cache_features and "tower" in self.train:
-            raise DataError("cache_features keeps a frozen tower's features, but train names tower; drop one of the two")
-        if self.share_pictures and self.attention != "sdpa":
-            raise DataError(f"share_pictures needs a mask that attention {self.attention} does not take; choose sdpa")
+        if self.cache_features and (learns := self.trains & {"tower", "tower_lora"}):
+            raise DataError(
+                f"cache_features keeps a frozen tower's features, but train names {learns.pop()}; drop one of the two"
+            )
+        self._check_adapters()
+        if self.joins_rows and self.attention != "sdpa":
+            raise DataError(f"{self.joins_rows} needs a mask that attention {self.attention} does not take; choose sdpa")
+        if self.pack and self.group_by_length:
+            raise DataError("pack makes rows of one length, so that group_by_length has nothing to do; drop one of the two")
         rates = {"projector": self.projector_learning_rate, "tower": self.tower_learning_rate}
         for part, rate in rates.items():
-            if rate is not None and part not in self.train:
+            if rate is not None and not self.trains & {part, f"{part}_lora"}:
                 raise DataError(f"{part}_learning_rate is given, but train lacks {part}; drop one or add the other")
         if self.geometry == "center_crop":
             raise DataError("geometry 'center_crop' cuts boxes off; choose pad or squash")
+
+    def _check_adapters(self):
+        for part in ("llm", "tower"):
+            if {part, f"{part}_lora"} <= self.trains:
+                raise DataError(f"train names {part} and {part}_lora, which keeps {part} itself frozen; drop one of the two")
+        if self.llm_bits not in (None, 4, 8):
+            raise DataError(f"llm_bits is {self.llm_bits}; give 4 or 8, or leave it out")
+        if self.llm_bits and "llm" in self.train:
+            raise DataError(
+                f"llm_bits {self.llm_bits} is for a frozen language model, but train names llm; name llm_lora instead"
+            )
+        if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise DataError(
+                f"lora_rank {self.lora_rank}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}: "
+                "give a rank of 1 or more, an alpha above 0 and a dropout in [0, 1)"
+            )
+        if self.save_adapter and not self.uses_lora:
+            raise DataError("save_adapter is true, but train names neither llm_lora nor tower_lora; there is no adapter to save")
 
     def _check_numbers(self):
         at_least_one = ("batch_size", "gradient_accumulation", "log_every", "val_every", "max_length", "llm_layers")
@@ -215,8 +255,21 @@ class MllmConfig:
             raise DataError("learning_rate and epochs (or max_steps) must be above 0; nothing is learned otherwise")
 
     @property
+    def joins_rows(self) -> str | None:
+        """The field, if any, that puts several conversations into a row."""
+        return "pack" if self.pack else "share_pictures" if self.share_pictures else None
+
+    @property
     def trains(self) -> set[str]:
         return set(self.train)
+
+    @property
+    def uses_lora(self) -> bool:
+        return bool(self.trains & {"llm_lora", "tower_lora"})
+
+    @property
+    def saves_adapter(self) -> bool:
+        return self.save_adapter or bool(self.llm_bits)
 
     def identity(self) -> dict:
         """The fields that make this run this run: a checkpoint goes on only under the same ones."""

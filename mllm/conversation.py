@@ -21,11 +21,14 @@ PLACEHOLDER = re.compile(r"<(region|box):(\d+)>")
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def write_boxes(text: str, regions: list[Region], geometry: Geometry | None, codec: BoxCodec, token: str = "") -> str:
-    """`<region:i>` in `text` becomes the i-th region as words, followed by `token`; `<box:i>` its box as words."""
+def write_boxes(text: str, regions: list[Region], geometries: list[Geometry], codec: BoxCodec, token: str = "") -> str:
+    """`<region:i>` in `text` becomes the i-th region as words, followed by `token`; `<box:i>` its box as words.
+
+    geometries: of the picture that each region lies in
+    """
 
     def words(match: re.Match) -> str:
-        region = regions[int(match[2])]
+        region, geometry = regions[int(match[2])], geometries[int(match[2])]
         return region.box_text(geometry, codec) if match[1] == "box" else region.text(geometry, codec) + token
 
     return PLACEHOLDER.sub(words, text)
@@ -53,22 +56,25 @@ def question_with_boxes(question: str, regions: list, geometry: Geometry, codec:
     """
     question = number_regions(question, len(regions))
     regions = [as_region(value, f"question '{question}', region {i}", geometry) for i, value in enumerate(regions)]
-    return write_boxes(question, regions, geometry, codec, token)
+    return write_boxes(question, regions, [geometry] * len(regions), codec, token)
 
 
-def messages_of(record: dict, geometry: Geometry | None, codec: BoxCodec, token: str = "") -> list[dict]:
-    """A validated record -> chat messages; the picture's mark stands first in its turn, as in LLaVA.
+def messages_of(record: dict, geometries: list[Geometry], codec: BoxCodec, token: str = "") -> list[dict]:
+    """A validated record -> chat messages.
 
-    token: written behind each region that a question names
+    geometries: of the record's pictures, in order; token: written behind each region that a question names
+    A turn's only picture goes to its start, as in LLaVA; of several each stays where it is written.
     """
-    regions = [as_region(value, record.get("_where", "record"), geometry) for value in record.get("regions", [])]
+    values, where = record.get("regions", []), record.get("_where", "record")
+    own = [geometries[value.get("image_index", 0)] for value in values]
+    regions = [as_region(value, where, geometry) for value, geometry in zip(values, own, strict=True)]
     messages = []
     for turn in record["conversations"]:
         text = turn["value"]
-        if IMAGE in text:
+        if text.count(IMAGE) == 1:
             text = IMAGE + "\n" + text.replace(IMAGE, "").strip()
         mark = token if turn["from"] == "human" else ""
-        messages.append({"role": ROLES[turn["from"]], "content": write_boxes(text, regions, geometry, codec, mark)})
+        messages.append({"role": ROLES[turn["from"]], "content": write_boxes(text, regions, own, codec, mark)})
     return messages
 
 
@@ -76,21 +82,27 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[dict]],
     names: list[str],
-    pictures: list[bool],
+    pictures: list[int],
     num_image_tokens: int,
     max_length: int,
 ) -> list[tuple[np.ndarray, np.ndarray, bool]]:
     """Messages -> per conversation (input ids (L,) int32, True where the assistant speaks (L,), whether it was cut).
 
     names: what to call each conversation in an error (its file and id)
-    pictures: whether it has a picture, which is one mark here and `num_image_tokens` tokens in the model
-    max_length: tokens, picture's included, after which a conversation is cut
+    pictures: how many it has; each is one mark here and `num_image_tokens` tokens in the model
+    max_length: tokens, pictures' included, after which a conversation is cut; a picture is cut off whole
     """
     encoded = tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    mark = tokenizer.convert_tokens_to_ids(IMAGE)
     rows = []
-    for name, picture, ids, mask in zip(names, pictures, encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        limit = max_length - (num_image_tokens - 1) * picture
-        cut = len(ids) > limit
+    for name, count, ids, mask in zip(names, pictures, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        is_mark = np.asarray(ids) == mark
+        if is_mark.sum() != count:
+            raise DataError(
+                f"{name} has {count} pictures, but the chat template writes {is_mark.sum()} {IMAGE} for it; choose another"
+            )
+        fits = np.cumsum(np.where(is_mark, num_image_tokens, 1)) <= max_length
+        limit, cut = int(fits.sum()), not fits.all()
         ids, mask = np.asarray(ids[:limit], np.int32), np.asarray(mask[:limit], bool)
         if not mask.any():
             raise DataError(

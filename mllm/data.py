@@ -17,17 +17,18 @@ from encoder.geometry import Geometry
 from mllm.box_text import BoxCodec
 from mllm.conversation import IGNORE, IMAGE, messages_of, tokenize
 from mllm.image_input import ImageInput, no_picture, read_picture
-from mllm.packing import NO_TOKEN, TokenRow, attention_of, own_row, share_pictures
-from mllm.records import check_record, read_records
+from mllm.packing import NO_TOKEN, TokenRow, attention_of, own_row, pack_rows, share_pictures
+from mllm.records import check_record, pictures_of, read_records, sizes_of
 
 CHUNK = 1000
+PER_TOKEN = ("ids", "supervised", "segments", "roots")  # of a TokenRow
 
 
 class ConversationDataset(Dataset):
-    """Checked and tokenised conversations, one a row or, with `shared_pictures`, all about one picture in a row.
+    """Checked and tokenised conversations: one a row, or all about one picture, or, packed, as many as fit.
 
-    image_files: distinct pictures in order of first use; image_index (n,) int32: which one each row is about, -1 for none
-    lengths: (n,) tokens of each row with its picture's tokens
+    image_files: distinct pictures in order of first use
+    lengths: (n,) tokens of each row with those of its pictures
     num_records: conversations in all rows; num_cut: those that were cut at `max_length`
     """
 
@@ -41,6 +42,7 @@ class ConversationDataset(Dataset):
         num_image_tokens: int,
         max_length: int,
         shared_pictures: bool = False,
+        packed: bool = False,
         progress: bool = True,
     ):
         self.images, self.image, self.num_image_tokens = Path(images), image, num_image_tokens
@@ -52,45 +54,49 @@ class ConversationDataset(Dataset):
             check_record(record, self.images, sizes)
         used: dict[str, int] = {}
         for record in records:
-            if "image" in record:
-                used.setdefault(record["image"], len(used))
+            for name in pictures_of(record):
+                used.setdefault(name, len(used))
         self.image_files, self.num_records, self.num_cut = list(used), len(records), 0
         rows = self._tokenise(records, used, tokenizer, codec, max_length, progress)
         if shared_pictures:
             rows = share_pictures(rows, tokenizer.convert_tokens_to_ids(IMAGE), num_image_tokens, max_length)
+        if packed:
+            rows = pack_rows(rows, num_image_tokens, max_length)
         self._keep(rows)
 
     def _tokenise(self, records, used, tokenizer, codec: BoxCodec, max_length: int, progress: bool) -> list[TokenRow]:
-        rows = []
+        rows, mark = [], tokenizer.convert_tokens_to_ids(IMAGE)
         for start in tqdm(range(0, len(records), CHUNK), desc="tokenise", unit="k", disable=not progress):
             chunk = records[start : start + CHUNK]
-            messages = [messages_of(record, self._geometry(record), codec) for record in chunk]
-            pictures = ["image" in record for record in chunk]
-            tokens = tokenize(tokenizer, messages, [r["_where"] for r in chunk], pictures, self.num_image_tokens, max_length)
-            for record, (ids, supervised, cut) in zip(chunk, tokens, strict=True):
-                rows.append(own_row(ids, supervised, used.get(record.get("image"), -1)))
+            messages = [messages_of(record, self._geometries(record), codec) for record in chunk]
+            names = [pictures_of(record) for record in chunk]
+            counts = [len(pictures) for pictures in names]
+            tokens = tokenize(tokenizer, messages, [r["_where"] for r in chunk], counts, self.num_image_tokens, max_length)
+            for pictures, (ids, supervised, cut) in zip(names, tokens, strict=True):
+                left = int((ids == mark).sum())  # pictures that were not cut off
+                rows.append(own_row(ids, supervised, tuple(used[name] for name in pictures[:left])))
                 self.num_cut += cut
         return rows
+
+    def _geometries(self, record: dict) -> list[Geometry]:
+        return [self.image.geometry(*size) for size in sizes_of(record)]
 
     def _keep(self, rows: list[TokenRow]) -> None:
         """Few long arrays in place of many objects: forked workers then share their memory."""
         self._starts = np.cumsum([0] + [len(row.ids) for row in rows])
-        self._ids, self._supervised, self._segments = (
-            np.concatenate([getattr(row, key) for row in rows]) for key in ("ids", "supervised", "segments")
-        )
-        self.image_index = np.asarray([row.image for row in rows], np.int32)
-        self.lengths = np.diff(self._starts) + (self.image_index >= 0) * (self.num_image_tokens - 1)
-
-    def _geometry(self, record: dict) -> Geometry | None:
-        return self.image.geometry(record["width"], record["height"]) if "image" in record else None
+        self._tokens = [np.concatenate([getattr(row, key) for row in rows]) for key in PER_TOKEN]
+        self._image_starts = np.cumsum([0] + [len(row.images) for row in rows])
+        self._images = np.asarray([index for row in rows for index in row.images], np.int32)
+        self.lengths = np.asarray([row.length(self.num_image_tokens) for row in rows])
 
     def __len__(self) -> int:
-        return len(self.image_index)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> TokenRow:
-        """The row, its picture still one mark."""
+        """The row, each of its pictures still one mark."""
         part = slice(self._starts[index], self._starts[index + 1])
-        return TokenRow(self._ids[part], self._supervised[part], self._segments[part], int(self.image_index[index]))
+        images = self._images[self._image_starts[index] : self._image_starts[index + 1]]
+        return TokenRow(*(values[part] for values in self._tokens), tuple(images.tolist()))
 
     def pixels(self, index: int) -> Tensor:
         """(3, size, size) float32: the picture of that index in `image_files`."""
@@ -115,28 +121,29 @@ class Collator:
 
         Where a row holds several records: attention_mask (B, 1, L, L) bool, and position_ids (B, L) int64.
         """
-        pictures = [self.pictures(row.image) for row in rows if row.image >= 0]
+        pictures = [self.pictures(index) for row in rows for index in row.images]
         if not pictures:
             mark = np.array([self.image_token_id], np.int32)
-            rows, pictures = [*rows, own_row(mark, np.zeros(1, bool), 0)], [self.blank]
+            rows, pictures = [*rows, own_row(mark, np.zeros(1, bool), (0,))], [self.blank]
         rows = [self._widen(row) for row in rows]
         shape = len(rows), max(len(row.ids) for row in rows)
         input_ids, labels = np.full(shape, self.pad_token_id, np.int64), np.full(shape, IGNORE, np.int64)
-        segments = np.full(shape, NO_TOKEN, np.int16)
+        segments, roots = np.full((2, *shape), NO_TOKEN, np.int16)
         for index, row in enumerate(rows):
             input_ids[index, : len(row.ids)] = row.ids
             labels[index, : len(row.ids)] = np.where(row.supervised, row.ids, IGNORE)
             segments[index, : len(row.ids)] = row.segments
+            roots[index, : len(row.ids)] = row.roots
         batch = {"input_ids": input_ids, "labels": labels}
         if segments.max() > 0:
-            batch["attention_mask"], batch["position_ids"] = attention_of(segments)
+            batch["attention_mask"], batch["position_ids"] = attention_of(segments, roots)
         else:
             batch["attention_mask"] = (segments != NO_TOKEN).astype(np.int64)
         return {key: torch.from_numpy(value) for key, value in batch.items()} | {"pixel_values": torch.stack(pictures)}
 
     def _widen(self, row: TokenRow) -> TokenRow:
         times = np.where(row.ids == self.image_token_id, self.num_image_tokens, 1)
-        return TokenRow(*(np.repeat(value, times) for value in (row.ids, row.supervised, row.segments)), row.image)
+        return TokenRow(*(np.repeat(getattr(row, key), times) for key in PER_TOKEN), row.images)
 
 
 def pixel_collator(dataset: ConversationDataset, image_token_id: int, pad_token_id: int) -> Collator:

@@ -81,10 +81,18 @@ class GroundingModel:
         box, reason = self.codec.decode(text)
         if box is None:
             return None, reason
+        box_px = self._in_picture(box, image_size)
+        return (box_px, None) if box_px else (None, "the box lies in the padding, outside the picture")
+
+    def decode_boxes(self, text: str, image_size: tuple[int, int]) -> tuple[Box, ...]:
+        """All boxes of an answer that lie in the picture, xyxy in its pixels, in order."""
+        found = (self._in_picture(box, image_size) for box in self.codec.decode_all(text))
+        return tuple(box for box in found if box)
+
+    def _in_picture(self, box, image_size: tuple[int, int]) -> Box | None:
         box_px = self.settings.image.geometry(*image_size).boxes_to_image(box)
-        if not (box_px[2] > box_px[0] and box_px[3] > box_px[1]):
-            return None, "the box lies in the padding, outside the picture"
-        return tuple(box_px.tolist()), None
+        inside = box_px[2] > box_px[0] and box_px[3] > box_px[1]
+        return tuple(box_px.tolist()) if inside else None
 
     def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> tuple[tuple[int, ...], list[int]]:
         """Tokens up to the picture's one mark, and those after it."""

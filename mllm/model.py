@@ -28,6 +28,8 @@ from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig, layers_of
 from mllm.image_input import ImageInput
+from mllm.llava_layout import read_projector
+from mllm.lora import add_lora, is_lora, lora_config, quantize
 from mllm.packing import attends_to_all
 from mllm.records import texts_of
 from mllm.templates import choose_template, end_token_ids
@@ -38,8 +40,9 @@ from mllm.tokenizer import add_codec_tokens, add_image_token, fast_tokenizer, tr
 class Mllm:
     """A model with all that goes with it.
 
-    sentencepiece_model: the serialised model of a tokenizer of our own, else None
+    sentencepiece_model: the serialised model that the tokenizer is made from, where there is one
     from_scratch: whether projector and language model start from random weights
+    lora: peft's LoraConfig of the layers that were added, else None
     """
 
     model: LlavaForConditionalGeneration
@@ -47,6 +50,7 @@ class Mllm:
     settings: MllmSettings
     sentencepiece_model: bytes | None = None
     from_scratch: bool = False
+    lora: object | None = None
 
     @property
     def num_image_tokens(self) -> int:
@@ -56,11 +60,17 @@ class Mllm:
 def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     """What the recipe names: an MLLM folder to go on from, or a tower and a language model joined by a new projector."""
     mllm = _from_folder(config, dtype) if config.model else _from_parts(config, dtype)
-    if config.share_pictures and not attends_to_all(mllm.model.config.text_config, config.max_length):
+    if config.joins_rows and not attends_to_all(mllm.model.config.text_config, config.max_length):
         raise DataError(
-            f"share_pictures is true, but tokens of the language model {config.model or config.llm} do not see all of a row of "
-            f"{config.max_length} (sliding window or recurrent layers); leave share_pictures out, or lower max_length"
+            f"{config.joins_rows} is true, but tokens of the language model {config.model or config.llm} do not see all of a row "
+            f"of {config.max_length} (sliding window or recurrent layers); leave {config.joins_rows} out, or lower max_length"
         )
+    if config.llm_bits:
+        quantize(mllm.model.model.language_model, config.llm_bits, getattr(torch, config.save_dtype))
+    if config.uses_lora:
+        torch.manual_seed(config.seed)
+        mllm.lora = lora_config(mllm.model, config)
+        add_lora(mllm.model, mllm.lora)
     return mllm
 
 
@@ -142,7 +152,7 @@ def nano_llm_config(config: MllmConfig, vocab_size: int, **token_ids: int) -> Ll
     )
 
 
-def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, None]:
+def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bytes | None]:
     if not (Path(config.llm) / "config.json").is_file():
         raise DataError(f"language model {config.llm} has no config.json; give the folder of a causal language model")
     try:
@@ -155,7 +165,8 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     add_codec_tokens(tokenizer, BoxCodec(config.codec))
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    return llm, tokenizer, None
+    proto = Path(config.llm) / "tokenizer.model"
+    return llm, tokenizer, proto.read_bytes() if proto.is_file() else None
 
 
 def llava_config(
@@ -191,19 +202,26 @@ def join(
 
 
 def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
-    """Copies the projector of another MLLM folder, refused where its sizes are not this tower's and language model's."""
-    found: dict[str, Tensor] = {}
+    """Copies the projector of another MLLM folder, or of LLaVA's `mm_projector.bin` or its folder."""
+    found: dict[str, Tensor] = read_projector(folder)
     files = sorted(Path(folder).glob("*.safetensors"))
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 if "multi_modal_projector." in name:
                     found[name.split("multi_modal_projector.")[1]] = tensors.get_tensor(name)
-    projector = model.model.multi_modal_projector
-    if set(found) != set(projector.state_dict()):
+    if not found:
         raise DataError(
             f"projector folder {folder} holds no Llava projector in {len(files)} safetensors files; name an MLLM folder"
         )
+    fill_projector(model, found, folder)
+
+
+def fill_projector(model: LlavaForConditionalGeneration, found: dict[str, Tensor], folder: str | Path) -> None:
+    """Copies a projector's parameters, refused where their sizes are not this tower's and language model's."""
+    projector = model.model.multi_modal_projector
+    if wrong := sorted(set(found) ^ set(projector.state_dict())):
+        raise DataError(f"the projector in {folder} has or lacks {', '.join(wrong)}; Llava's are two layers with biases")
     (ours_out, ours_in), (theirs_out, theirs_in) = projector.linear_1.weight.shape, found["linear_1.weight"].shape
     if ours_in != theirs_in:
         raise DataError(
@@ -248,10 +266,10 @@ def fit_projector(projector: LlavaMultiModalProjector, features_SD: Tensor, outp
 
 
 def part_of(name: str) -> str:
-    """`tower`, `projector` or `llm`: which part a parameter of the stock Llava belongs to."""
-    if "vision_tower." in name:
-        return "tower"
-    return "projector" if "multi_modal_projector." in name else "llm"
+    """Which part a parameter belongs to: `tower`, `projector` or `llm`, and of LoRA layers `tower_lora` or `llm_lora`."""
+    if "multi_modal_projector." in name:
+        return "projector"
+    return ("tower" if "vision_tower." in name else "llm") + ("_lora" if is_lora(name) else "")
 
 
 def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: torch.dtype) -> None:
@@ -261,5 +279,5 @@ def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: 
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():  # else in low bits, where it was rounded before
             parameter.data = parameter.data.to(save_dtype).to(parameter.dtype)

@@ -1,9 +1,11 @@
 """Conversation records: reading files and checking what they hold.
 
+A record is one of LLaVA's JSON, with our `regions`. Its pictures are `image`, a path or a list of paths, or `images`, a list.
 Everything is checked before training starts, so that a bad record is named at once.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -13,39 +15,72 @@ from mllm.conversation import IMAGE, PLACEHOLDER, ROLES
 from mllm.regions import parse_region
 
 
-def read_records(path: str | Path) -> list[dict]:
-    """A JSON list or JSON lines of LLaVA records, as they are; each gets `_where`, its file and id or position."""
+def read_records(path: str | Path, problems: list[str] | None = None) -> list[dict]:
+    """A JSON list or JSON lines of LLaVA records, as they are; each gets `_where`: its file with id, line or position.
+
+    problems: where given, lines and entries that are no records are left out and told here; else they are errors
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"conversation file {path} does not exist; check data in the recipe")
-    try:
-        if path.suffix == ".jsonl":
-            records = []
-            for number, line in enumerate(path.read_text().splitlines(), 1):  # noqa: B007 (named below)
-                if line.strip():
-                    records.append(json.loads(line))
-        else:
-            number = None
-            records = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        line = number or error.lineno
-        raise DataError(f"{path}, line {line}: not JSON ({error.msg}); the file may be truncated") from error
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{path} holds no list of records; a LLaVA file is a JSON list with at least one")
-    for index, record in enumerate(records):
+    found: list[str] = []
+    entries = _read_lines(path, found) if path.suffix == ".jsonl" else _read_list(path)
+    records = []
+    for where, record in entries:
         if not isinstance(record, dict):
-            raise DataError(f"{path}, record {index}: a {type(record).__name__}, not an object; write one object each")
-        record["_where"] = f"{path}, id {record['id']}" if "id" in record else f"{path}, record {index}"
+            found.append(f"{path}, {where}: a {type(record).__name__}, not an object; write one object each")
+            continue
+        if "id" in record:
+            where = f"{where}, id {record['id']}" if path.suffix == ".jsonl" else f"id {record['id']}"
+        records.append(record | {"_where": f"{path}, {where}"})
+    if found and problems is None:
+        raise DataError(found[0])
+    if not records and not found:
+        raise DataError(f"{path} holds no list of records; a LLaVA file is a JSON list with at least one")
+    if problems is not None:
+        problems += found
     return records
+
+
+def _read_list(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        records = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); the file may be truncated") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path} holds no list of records; a LLaVA file is a JSON list with at least one")
+    yield from ((f"record {index}", record) for index, record in enumerate(records))
+
+
+def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, object]]:
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                problems.append(f"{path}, line {number}: not JSON ({error.msg}); the file may be truncated")
 
 
 def texts_of(path: str | Path) -> list[str]:
     """What is said in a conversation file, without marks of pictures and boxes: to train a tokenizer on."""
     records = read_records(path)
     for record in records:
-        _check_turns(record)
+        _raise_first(_turn_problems(record))
     turns = [turn["value"] for record in records for turn in record["conversations"]]
     return [PLACEHOLDER.sub("", text).replace(IMAGE, "").strip() for text in turns]
+
+
+def pictures_of(record: dict) -> list[str]:
+    """Paths of a record's pictures, in the order of their marks; none for a record of text alone."""
+    given = record.get("images", record.get("image"))
+    return [given] if isinstance(given, str) else given or []
+
+
+def sizes_of(record: dict) -> list[tuple[int, int]]:
+    """(width, height) in pixels of each picture of a checked record."""
+    width, height = record.get("width"), record.get("height")
+    return list(zip(width, height, strict=True)) if isinstance(width, list) else [(width, height)] * len(pictures_of(record))
 
 
 def check_record(record: dict, images: Path, sizes: dict[Path, tuple[int, int]] | None = None) -> None:
@@ -53,62 +88,104 @@ def check_record(record: dict, images: Path, sizes: dict[Path, tuple[int, int]] 
 
     sizes: of pictures seen before, so that each is opened once
     """
-    _check_turns(record)
-    if "image" in record:
-        _check_image(record, images, {} if sizes is None else sizes)
-    _check_regions(record, record["conversations"])
+    _raise_first(problems_of(record, images, sizes))
 
 
-def _check_turns(record: dict) -> None:
-    where = record["_where"]
-    turns = record.get("conversations")
+def _raise_first(problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise DataError(problem)
+
+
+def problems_of(record: dict, images: Path, sizes: dict[Path, tuple[int, int]] | None = None) -> Iterator[str]:
+    """Everything that `check_record` would say of a record, one sentence each. What hangs on a bad part is not looked at."""
+    sound = True
+    parts = (_turn_problems(record), _picture_problems(record, images, {} if sizes is None else sizes), _region_problems(record))
+    for part in parts:
+        if not sound:
+            return
+        for problem in part:
+            sound = False
+            yield problem
+
+
+def _turn_problems(record: dict) -> Iterator[str]:
+    where, turns = record["_where"], record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: key 'conversations' is missing or empty; give a list of turns")
+        yield f"{where}: key 'conversations' is missing or empty; give a list of turns"
+        return
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            raise DataError(f"{where}: conversations[{index}] lacks 'from' or a text 'value'; give both")
-        if turn["from"] not in ROLES:
-            raise DataError(f"{where}: conversations[{index}].from is '{turn['from']}'; use human, gpt or system")
-    marks = [index for index, turn in enumerate(turns) for _ in range(turn["value"].count(IMAGE))]
-    if "image" in record and marks != [next((i for i, t in enumerate(turns) if t["from"] == "human"), -1)]:
-        raise DataError(f"{where}: key 'image' needs one {IMAGE} in the first human turn, {len(marks)} found; put it there")
-    if "image" not in record and marks:
-        raise DataError(f"{where}: {IMAGE} is written but key 'image' is missing; add it or take the mark out")
+            yield f"{where}: conversations[{index}] lacks 'from' or a text 'value'; give both"
+        elif turn["from"] not in ROLES:
+            yield f"{where}: conversations[{index}].from is '{turn['from']}'; use human, gpt or system"
+        elif turn["from"] != "human" and IMAGE in turn["value"]:
+            yield f"{where}: conversations[{index}] has {IMAGE} in a {turn['from']} turn; pictures are shown in human turns"
 
 
-def _check_image(record: dict, images: Path, sizes: dict[Path, tuple[int, int]]) -> None:
-    where, path = record["_where"], images / str(record["image"])
-    try:
-        if path not in sizes:
-            with Image.open(path) as image:  # reads the header only
-                sizes[path] = image.size
-    except FileNotFoundError:
-        raise DataError(f"{where}: image {path} does not exist; check 'image' and the folder of images") from None
-    except OSError:
-        raise DataError(f"{where}: image {path} cannot be read as a picture; replace it or drop the record") from None
-    size = sizes[path]
-    told = (record.get("width", size[0]), record.get("height", size[1]))
-    if told != size:
-        raise DataError(
-            f"{where}: width x height say {told[0]}x{told[1]}, the picture {path} is {size[0]}x{size[1]}; correct them"
-        )
-    record["width"], record["height"] = size
+def _picture_problems(record: dict, images: Path, sizes: dict[Path, tuple[int, int]]) -> Iterator[str]:
+    where, names = record["_where"], pictures_of(record)
+    if "image" in record and "images" in record:
+        yield f"{where}: keys 'image' and 'images' are both given; keep one"
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        yield f"{where}: key 'image' is {names}; give a path or a list of paths"
+        return
+    marks = sum(turn["value"].count(IMAGE) for turn in record["conversations"])
+    if marks and not names:
+        yield f"{where}: {IMAGE} is written but key 'image' is missing; add it or take the mark out"
+    elif marks != len(names):
+        yield f"{where}: {len(names)} pictures need as many {IMAGE} in the human turns, {marks} found; write one each"
+    found, unread = [], False
+    for name in names:
+        path = images / name
+        try:
+            if path not in sizes:
+                with Image.open(path) as image:  # reads the header only
+                    sizes[path] = image.size
+            found.append(sizes[path])
+        except FileNotFoundError:
+            unread = True
+            yield f"{where}: image {path} does not exist; check 'image' and the folder of images"
+        except OSError:
+            unread = True
+            yield f"{where}: image {path} cannot be read as a picture; replace it or drop the record"
+    if found and not unread:
+        yield from _size_problems(record, images / names[0], found)
 
 
-def _check_regions(record: dict, turns: list[dict]) -> None:
-    where, regions = record["_where"], record.get("regions", [])
-    if regions and "image" not in record:
-        raise DataError(f"{where}: regions are given but key 'image' is missing; add the picture")
+def _size_problems(record: dict, path: Path, found: list[tuple[int, int]]) -> Iterator[str]:
+    """Where width and height are given they must be the pictures'; else they are filled in: numbers, or lists for several."""
+    where = record["_where"]
+    for key, values in zip(("width", "height"), zip(*found, strict=True), strict=True):
+        right = values[0] if len(values) == 1 else list(values)
+        if record.setdefault(key, right) != right:
+            told, true = f"{record.get('width')}x{record.get('height')}", "x".join(map(str, found[0]))
+            yield f"{where}: width x height say {told}, the picture {path} is {true}; correct them"
+            return
+
+
+def _region_problems(record: dict) -> Iterator[str]:
+    where, regions, sizes = record["_where"], record.get("regions", []), sizes_of(record)
     if not isinstance(regions, list):
-        raise DataError(f"{where}: regions is a {type(regions).__name__}; give a list of objects with box, point or mask")
-    parsed = [parse_region(r, f"{where}: regions[{i}]", record["width"], record["height"]) for i, r in enumerate(regions)]
-    for index, turn in enumerate(turns):
+        yield f"{where}: regions is a {type(regions).__name__}; give a list of objects with box, point or mask"
+        return
+    if regions and not sizes:
+        yield f"{where}: regions are given but key 'image' is missing; add the picture"
+        return
+    points = set()
+    for index, value in enumerate(regions):
+        picture = value.get("image_index", 0) if isinstance(value, dict) else 0
+        if picture not in range(len(sizes)):
+            yield f"{where}: regions[{index}].image_index is {picture}, but the record has {len(sizes)} pictures; count from 0"
+            continue
+        try:
+            if parse_region(value, f"{where}: regions[{index}]", *sizes[picture]).point is not None:
+                points.add(index)
+        except DataError as error:
+            yield str(error)
+    for index, turn in enumerate(record["conversations"]):
         for match in PLACEHOLDER.finditer(turn["value"]):
             if int(match[2]) >= len(regions):
-                raise DataError(
-                    f"{where}: conversations[{index}] has {match[0]}, but regions holds {len(regions)}; add that region"
-                )
-            if match[1] == "box" and parsed[int(match[2])].point is not None:
-                raise DataError(
-                    f"{where}: conversations[{index}] has {match[0]}, but that region is a point; give it a box or a mask"
-                )
+                yield f"{where}: conversations[{index}] has {match[0]}, but regions holds {len(regions)}; add that region"
+            elif match[1] == "box" and int(match[2]) in points:
+                yield f"{where}: conversations[{index}] has {match[0]}, but that region is a point; give it a box or a mask"

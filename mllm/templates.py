@@ -78,7 +78,7 @@ _LLAMA_3 = "'<|start_header_id|>{}<|end_header_id|>\\n\\n'"
 TEMPLATES = {
     "simple": _vicuna(),
     "vicuna_v1": _vicuna(_VICUNA_SYSTEM),
-    "plain": _template(question="'<image>'", answer="said + '\\n'"),
+    "plain": _template(question="'<image>' * said.count('<image>')", answer="said + '\\n'"),
     "llama_2": _template(
         start="''",
         fold="'<<SYS>>\\n' + said + '\\n<</SYS>>\\n\\n'",

@@ -123,11 +123,12 @@ def add_codec_tokens(tokenizer: PreTrainedTokenizerBase, codec: BoxCodec) -> Non
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, model_proto: bytes | None) -> None:
-    """Writes the fast tokenizer and, for one of our own, sentencepiece's `tokenizer.model` beside it."""
+    """Writes the fast tokenizer and, where it is made from one, sentencepiece's `tokenizer.model` beside it."""
     tokenizer.save_pretrained(folder)
-    if model_proto is not None:
-        config = json.loads((folder / "tokenizer_config.json").read_text())
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    if config["tokenizer_class"] == "TokenizersBackend":
         # transformers 5 writes a class name that transformers 4 does not know; both know this one.
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+    if model_proto is not None:
         (folder / "tokenizer.model").write_bytes(model_proto)

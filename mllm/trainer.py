@@ -102,7 +102,8 @@ class MllmTrainer(Trainer):
 
 def parameter_groups(model: nn.Module, config: MllmConfig) -> list[dict]:
     """AdamW's groups: the language model first, then projector and tower, each with its rate; only matrices decay."""
-    rates = {"projector": config.projector_learning_rate, "tower": config.tower_learning_rate}
+    rates = {"projector": config.projector_learning_rate}
+    rates |= dict.fromkeys(("tower", "tower_lora"), config.tower_learning_rate)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -11,12 +11,14 @@ from transformers import TrainingArguments
 
 from encoder.distributed import choose_backend, rank, world_size
 from encoder.errors import DataError
+from mllm.adapter_folder import save_adapter
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import SETTINGS_FILE, last_checkpoint, save_mllm
-from mllm.config import MllmConfig, check_identity
+from mllm.config import PARTS, MllmConfig, check_identity
 from mllm.data import ConversationDataset, pixel_collator
 from mllm.features import CachedTower, cache_features, feature_collator, measure_features, sample_features
 from mllm.lm_loss import choose_block, use_training_loss
+from mllm.lora import merged
 from mllm.model import Mllm, build_mllm, fit_projector, freeze, part_of
 from mllm.trainer import MllmTrainer
 
@@ -111,10 +113,12 @@ def _dataset(config: MllmConfig, mllm: Mllm, files: list[str]) -> ConversationDa
         mllm.num_image_tokens,
         config.max_length,
         config.share_pictures,
+        config.pack,
         progress=rank() == 0,
     )
-    if config.share_pictures and len(dataset) == dataset.num_records > 1:
-        _say("share_pictures joined no rows: no two conversations have a picture in common, or answers follow it at once")
+    if config.joins_rows and len(dataset) == dataset.num_records > 1:
+        why = "no two fit into max_length" if config.pack else "no two have a picture in common, or answers follow it at once"
+        _say(f"{config.joins_rows} joined no conversations: {why}")
     if dataset.num_cut:
         _say(f"{dataset.num_cut} of {dataset.num_records} conversations were cut at {config.max_length} tokens")
     return dataset
@@ -186,7 +190,7 @@ def _arguments(config: MllmConfig, zero: dict | None, output: Path) -> TrainingA
 
 
 def _describe(config: MllmConfig, mllm: Mllm, dataset: ConversationDataset) -> None:
-    counts = {"projector": 0, "llm": 0, "tower": 0}
+    counts = dict.fromkeys(PARTS, 0)
     for name, parameter in mllm.model.named_parameters():
         counts[part_of(name)] += parameter.numel() * parameter.requires_grad
     trained = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in counts.items() if count)
@@ -206,9 +210,15 @@ def _finish(config: MllmConfig, mllm: Mllm, trainer: MllmTrainer, tower: nn.Modu
         if tower is not None:
             model.model.vision_tower = tower
             state |= {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
+        if config.uses_lora and not config.saves_adapter:
+            state = merged(state, config.lora_alpha / config.lora_rank)
         mllm.settings.trained.append(sorted(config.trains))
         dtype = getattr(torch, config.save_dtype)
-        save_mllm(output, model, mllm.tokenizer, mllm.settings, dtype, state, mllm.sentencepiece_model)
+        arguments = (mllm.tokenizer, mllm.settings, dtype, state, mllm.sentencepiece_model)
+        if config.saves_adapter:
+            save_adapter(output, model, mllm.lora, config, *arguments)
+        else:
+            save_mllm(output, model, *arguments)
         print(f"saved {output}", flush=True)
     if world_size() > 1:
         torch.distributed.barrier()

@@ -1,10 +1,14 @@
-"""Turns an encoder folder into another kind: stock CLIP, stock CLIP vision tower, or the start of a CLOC.
+"""Turns a folder into another kind: an encoder into stock CLIP, its vision tower or a CLOC, an MLLM into LLaVA's layout.
 
     python scripts/convert_checkpoint.py --to clip   CLOC_DIR OUT     # a transformers CLIPModel (or SiglipModel) folder
     python scripts/convert_checkpoint.py --to vision CLOC_DIR OUT     # a CLIPVisionModel folder, for LLaVA, vLLM, ...
     python scripts/convert_checkpoint.py --to cloc   CLIP     OUT     # the CLIP's towers and a fresh Prompter, to be trained
     python scripts/convert_checkpoint.py --to cloc   CLIP     OUT --image-size 448                   # at another resolution
     python scripts/convert_checkpoint.py --to cloc   CLIP.pt  OUT --open-clip-config ViT-B-16.json --tokenizer DIR
+    python scripts/convert_checkpoint.py --to llava           MLLM  OUT                 # as the llava repository's code loads it
+    python scripts/convert_checkpoint.py --to llava_projector MLLM  OUT                 # its mm_projector.bin and config.json
+    python scripts/convert_checkpoint.py --to mllm            LLAVA OUT --tower CLIP    # a released LLaVA-1.5, back again
+    python scripts/convert_checkpoint.py --to mllm            LORA  OUT --tower CLIP --llm VICUNA      # or a projector alone
 
 Exports keep the precision and every bit of the parameters; a new CLOC is float32.
 """
@@ -20,11 +24,15 @@ from encoder.errors import DataError, run_main
 from encoder.export import export_clip, export_vision
 from encoder.from_clip import from_clip
 from encoder.pretrained import TOWERS, folder_kind, load_encoder, load_processor, load_vision_tower
+from mllm.checkpoint import save_mllm
+from mllm.convert import read_llava, write_llava
+
+ENCODERS, MLLMS = ("clip", "vision", "cloc"), ("llava", "llava_projector", "mllm")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", required=True, choices=["clip", "vision", "cloc"], help="what OUT shall hold")
+    parser.add_argument("--to", required=True, choices=[*ENCODERS, *MLLMS], help="what OUT shall hold")
     parser.add_argument("--readout", choices=READOUTS, default=READOUTS[0], help="of the new Prompter, with --to cloc")
     parser.add_argument("--seed", type=int, default=0, help="of the new Prompter's initialisation, with --to cloc")
     parser.add_argument("--image-size", type=int, help="side of the new input in pixels, with --to cloc; default the CLIP's")
@@ -33,7 +41,10 @@ def main() -> None:
     parser.add_argument(
         "--quick-gelu", choices=["true", "false"], help="activation of open_clip weights, where their JSON does not say it"
     )
-    parser.add_argument("source", metavar="IN", help="folder of a CLOC, CLIP, SigLIP or its tower; or open_clip weights")
+    parser.add_argument("--tower", help="folder of the vision tower, with --to mllm; what config.json names it, with --to llava")
+    parser.add_argument("--llm", help="folder of the language model, with --to mllm of a projector or LoRA")
+    parser.add_argument("--template", default="vicuna_v1", help="chat template of the LLaVA, with --to mllm")
+    parser.add_argument("source", metavar="IN", help="folder of an encoder or its tower, open_clip weights; of an MLLM, a LLaVA")
     parser.add_argument("output", metavar="OUT", help="folder to write; it must not exist yet, or be empty")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -42,7 +53,16 @@ def main() -> None:
     source, output = Path(arguments.source), Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not an empty folder; choose another output")
-    kind = folder_kind(source)
+    if arguments.to in MLLMS:
+        kind = "mllm" if arguments.to != "mllm" else "llava"
+        convert_mllm(arguments, source, output)
+    else:
+        kind = folder_kind(source)
+        convert_encoder(arguments, kind, source, output)
+    print(f"done: {output} holds a {arguments.to} folder made from the {kind} folder {source}")
+
+
+def convert_encoder(arguments: argparse.Namespace, kind: str, source: Path, output: Path) -> None:
     if arguments.to == "cloc":
         torch.manual_seed(arguments.seed)
         model = from_clip(
@@ -60,7 +80,15 @@ def main() -> None:
     else:
         load = load_vision_tower if kind in TOWERS else load_encoder
         export_vision(load(source, "auto"), output, load_processor(source, arguments.tokenizer))
-    print(f"done: {output} holds a {arguments.to} folder made from the {kind} folder {source}")
+
+
+def convert_mllm(arguments: argparse.Namespace, source: Path, output: Path) -> None:
+    if arguments.to != "mllm":
+        write_llava(source, output, arguments.tower, projector_only=arguments.to == "llava_projector")
+        return
+    mllm = read_llava(source, arguments.tower, arguments.llm, arguments.template)
+    dtype = getattr(torch, mllm.settings.dtype)
+    save_mllm(output, mllm.model, mllm.tokenizer, mllm.settings, dtype, None, mllm.sentencepiece_model)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_conversation_of_all_kinds(images):
     (images / "a.json").write_text(json.dumps([{k: v for k, v in record.items() if k != "_where"}]))
     (read,) = read_records(images / "a.json")
     check_record(read, images)
-    contents = [message["content"] for message in messages_of(read, GEOMETRY, BoxCodec(), "<t>")]
+    contents = [message["content"] for message in messages_of(read, [GEOMETRY], BoxCodec(), "<t>")]
     box = "[250, 375, 750, 625]"
     assert contents == [f"<image>\nIs [750, 500]<t> in {box}<t>?", f"{box} and {box}"]
     asked = question_with_boxes("Is <region> in <region>?", [{"point": [30, 10]}, (10, 5, 30, 15)], GEOMETRY, BoxCodec())

@@ -7,6 +7,7 @@ chains it belongs to; `train.txt`, `val.txt` and `test.txt` list the ids of the 
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,44 +18,65 @@ PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\]]+)+) ([^\]]+)\]")
 NOT_VISUAL = "0"  # the chain of all phrases that were not looked for in the picture
 
 
+@dataclass(frozen=True)
+class Phrase:
+    """A marked phrase. sentence: which caption, from 0; chain: what it names, shared with others; kinds: `people`, ..."""
+
+    sentence: int
+    chain: str
+    kinds: tuple[str, ...]
+    text: str
+
+
 def read_flickr30k(folder: Path, images: Path, split: str = "train") -> Source:
     """`folder` holds Sentences, Annotations and the split lists, `images` the pictures of Flickr30k.
 
     A chain that several boxes show ("two men") is one region, the box around them all, as phrase grounding is evaluated;
     chains with the same box are one region. split: train, val, test, or all
     """
-    for path, flag in ((folder, "--annotations"), (Path(folder) / "Sentences", "--annotations"), (images, "--images")):
-        check_folder(path, flag)
+    check_folder(images, "--images")
     folder = Path(folder)
-    if split == "all":
-        files, ids = (), sorted(path.stem for path in (folder / "Sentences").glob("*.txt"))
-    else:
-        files = (folder / f"{split}.txt",)
-        if not files[0].is_file():
-            raise DataError(f"{files[0]} is not there; choose another --split, or all")
-        ids = files[0].read_text(encoding="utf-8").split()
+    files, ids = split_ids(folder, split)
 
     def go() -> Iterator[SourceImage]:
         for name in ids:
             read = image_file(images, f"{name}.jpg", f"{folder}: list of split {split}")
-            captions, chains, counts = _read_sentences(folder, name)
-            boxes, size, found = _read_boxes(folder, name)
+            captions, marked, counts = read_sentences(folder, name)
+            boxes, size, found = read_boxes(folder, name)
+            chains: dict[str, list[str]] = {}
+            for phrase in marked:
+                if phrase.chain != NOT_VISUAL:
+                    chains.setdefault(phrase.chain, []).append(phrase.text)
             phrases: dict[Box, list[str]] = {}
             for chain, members in boxes.items():
-                around = tuple(
-                    pick(column) for pick, column in zip((min, min, max, max), zip(*members, strict=True), strict=True)
-                )
-                phrases.setdefault(around, []).extend(chains.get(chain, ()))
+                phrases.setdefault(box_around(members), []).extend(chains.get(chain, ()))
             labels = tuple(Label(box, text_phrases(*texts)) for box, texts in phrases.items())
             yield SourceImage(f"{name}.jpg", read, size, captions, labels, None, counts + found)
 
     return Source("flickr30k", f"flickr30k/{split}", files, go(), len(ids))
 
 
-def _read_sentences(folder: Path, name: str) -> tuple[tuple[str, ...], dict[str, list[str]], Counter]:
-    """The captions without marks, the phrases of each chain, and what was counted."""
+def split_ids(folder: Path, split: str) -> tuple[tuple[Path, ...], list[str]]:
+    """The list of a split, where it is one, and the numbers of its pictures."""
+    for path in (folder, folder / "Sentences"):
+        check_folder(path, "--annotations")
+    if split == "all":
+        return (), sorted(path.stem for path in (folder / "Sentences").glob("*.txt"))
+    file = folder / f"{split}.txt"
+    if not file.is_file():
+        raise DataError(f"{file} is not there; choose another --split, or all")
+    return (file,), file.read_text(encoding="utf-8").split()
+
+
+def box_around(boxes: list[Box]) -> Box:
+    """The smallest box around all of them."""
+    return tuple(pick(column) for pick, column in zip((min, min, max, max), zip(*boxes, strict=True), strict=True))
+
+
+def read_sentences(folder: Path, name: str) -> tuple[tuple[str, ...], list[Phrase], Counter]:
+    """The captions without marks, the marked phrases in their order, and what was counted."""
     path = folder / "Sentences" / f"{name}.txt"
-    captions, chains, counts = [], {}, Counter(images=1)
+    captions, phrases, counts = [], [], Counter(images=1)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -62,19 +84,18 @@ def _read_sentences(folder: Path, name: str) -> tuple[tuple[str, ...], dict[str,
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error}); unpack the annotations again") from None
     for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), start=1):
-        for chain, _, phrase in PHRASE.findall(line):
+        for chain, kinds, phrase in PHRASE.findall(line):
             counts["phrases"] += 1
-            if chain != NOT_VISUAL:
-                chains.setdefault(chain, []).append(phrase)
+            phrases.append(Phrase(number - 1, chain, tuple(kinds.split("/")[1:]), phrase))
         caption = PHRASE.sub(lambda match: match[3], line)
         if "[/EN#" in caption:
             raise DataError(f"{path}, line {number}: a phrase's mark is broken; unpack the annotations again")
         captions.append(caption)
         counts["captions"] += 1
-    return text_phrases(*captions), chains, counts
+    return text_phrases(*captions), phrases, counts
 
 
-def _read_boxes(folder: Path, name: str) -> tuple[dict[str, list[Box]], tuple[int, int], Counter]:
+def read_boxes(folder: Path, name: str) -> tuple[dict[str, list[Box]], tuple[int, int], Counter]:
     """Boxes of each chain, xyxy pixels; the picture's size; boxes, and objects without one, counted."""
     path = folder / "Annotations" / f"{name}.xml"
     try:

@@ -1,0 +1,62 @@
+"""How likely an MLLM finds given answers: two names compared without generating either.
+
+(B rows, L tokens of the longest, V vocabulary.)
+"""
+
+import torch
+from PIL import Image
+
+from encoder.errors import DataError
+from mllm.conversation import IMAGE, question_with_boxes
+from mllm.generation import GroundingModel
+
+
+@torch.inference_mode()
+def answer_likelihoods(
+    model: GroundingModel, rows: list[tuple[Image.Image, str, list, str]], batch_size: int = 32
+) -> list[float]:
+    """The natural logarithm of an answer's probability, the mark that ends it included, per row.
+
+    rows: (picture, question, regions that it names, answer); rows side by side on one picture share nothing but its pixels
+    """
+    tokens = [_ids(model, *row) for row in rows]
+    found: list[float] = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(tokens[i][0]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        for i, value in zip(part, _batch(model, [tokens[i] for i in part], [rows[i][0] for i in part]), strict=True):
+            found[i] = value
+    return found
+
+
+def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list, answer: str) -> tuple[list[int], int]:
+    """Tokens of the whole conversation, the picture's mark widened, and where the answer starts."""
+    geometry = model.settings.image.geometry(*image.size)
+    content = IMAGE + "\n" + question_with_boxes(question, regions, geometry, model.codec)
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    options = {"tokenize": True, "return_dict": True}
+    prompt = model.tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)["input_ids"]
+    whole = model.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        raise DataError(
+            f"the chat template does not write the answer '{answer}' behind its prompt; likelihoods need that it does"
+        )
+    mark = whole.index(model.image_token_id)
+    image_length = model.model.config.image_seq_length
+    return [*whole[:mark], *[model.image_token_id] * image_length, *whole[mark + 1 :]], len(prompt) - 1 + image_length
+
+
+def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], images: list[Image.Image]) -> list[float]:
+    longest = max(len(ids) for ids, _ in tokens)
+    ids_BL = torch.full((len(tokens), longest), model.tokenizer.pad_token_id)
+    mask_BL = torch.zeros_like(ids_BL)
+    for row, (ids, _) in enumerate(tokens):
+        ids_BL[row, : len(ids)], mask_BL[row, : len(ids)] = torch.tensor(ids), 1
+    device = model.model.device
+    pixels = model.settings.image.pixels(images).to(device, model.model.dtype)
+    logits_BLV = model.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), pixel_values=pixels).logits
+    values = []
+    for row, (ids, start) in enumerate(tokens):
+        log_V = logits_BLV[row, start - 1 : len(ids) - 1].float().log_softmax(-1)
+        values.append(float(log_V.gather(-1, torch.tensor(ids[start:], device=device)[:, None]).double().sum()))
+    return values

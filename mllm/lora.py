@@ -1,0 +1,125 @@
+"""LoRA layers and low-bit weights inside a stock Llava: peft's adapters, bitsandbytes' linear layers under them.
+
+The model stays a `LlavaForConditionalGeneration`; only some of its linear layers change their class. peft and bitsandbytes
+are imported where they are used: they take seconds, and most runs need neither.
+"""
+
+import re
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from encoder.errors import DataError
+from mllm.config import MllmConfig
+
+MODULES = {"llm_lora": "language_model", "tower_lora": "vision_tower"}
+
+
+def lora_config(model: LlavaForConditionalGeneration, config: MllmConfig):
+    """peft's configuration of the LoRA layers (arXiv 2106.09685) that a recipe names.
+
+    They stand in the numbered layers of language model or tower: the output layer is left alone, as in LLaVA.
+    """
+    from peft import LoraConfig
+
+    modules = "|".join(module for part, module in MODULES.items() if part in config.trains)
+    inside = re.compile(rf"model\.({modules})\..*\.\d+\..+")
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and inside.fullmatch(n)}
+    if wrong := sorted(set(config.lora_targets) - linear):
+        raise DataError(
+            f"lora_targets names '{wrong[0]}', which is no linear layer there; choose from {', '.join(sorted(linear))}"
+        )
+    names = "|".join(sorted(config.lora_targets or linear))
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=rf"model\.({modules})\..*\.\d+\.(.*\.)?({names})",
+        base_model_name_or_path=config.model,
+        inference_mode=False,
+    )
+
+
+def add_lora(model: LlavaForConditionalGeneration, lora) -> None:
+    """Puts the layers of a peft LoraConfig beside the linear layers that it names."""
+    from peft import inject_adapter_in_model
+
+    with _told_to_peft(model):
+        inject_adapter_in_model(lora, model)
+
+
+@contextmanager
+def _told_to_peft(model: nn.Module):
+    """peft reads these attributes to choose its layers; other libraries would take them for more than that."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = "Linear4bit" in kinds, "Linear8bitLt" in kinds
+    try:
+        yield
+    finally:
+        del model.is_loaded_in_4bit, model.is_loaded_in_8bit
+
+
+def quantize(llm: nn.Module, bits: int, saved: torch.dtype) -> None:
+    """Linear layers of a language model in 4 bits (NF4, scales quantised too: arXiv 2305.14314) or 8 (arXiv 2208.07339).
+
+    saved: weights are rounded to this format first, so that training and whoever reloads quantise the same numbers
+    The head and the embeddings are not among `llm`'s linear layers and keep their format.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]:
+        parent, _, leaf = name.rpartition(".")
+        parent = llm.get_submodule(parent)
+        setattr(parent, leaf, _low_bit(getattr(parent, leaf), bits, saved).to(device))
+
+
+def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype) -> nn.Linear:
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    kind = layer.weight.dtype
+    sizes = {"input_features": layer.in_features, "output_features": layer.out_features, "bias": layer.bias is not None}
+    weight = layer.weight.data.to(saved).float()
+    if bits == 4:
+        low = Linear4bit(**sizes, compute_dtype=kind, compress_statistics=True, quant_type="nf4", device="meta")
+        low.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=low)
+        # On some processors evaluation would repack the weights for a bf16 kernel, and training would go on with those.
+        low.support_avx512bf16_for_cpu = False
+    else:
+        low = Linear8bitLt(**sizes, has_fp16_weights=False, threshold=6.0, device="meta")
+        low.weight = Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
+    if layer.bias is not None:
+        low.bias = layer.bias
+    return low.train(layer.training)
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of that name belongs to a LoRA layer."""
+    return ".lora_" in name
+
+
+def added(state: dict[str, Tensor], stem: str, scaling: float) -> Tensor:
+    """What the LoRA layer at `stem` adds to its base's weight, float32: scaling B A, with scaling = alpha / rank."""
+    down, up = (state[f"{stem}.lora_{letter}.default.weight"].float() for letter in "AB")
+    return scaling * (up @ down)
+
+
+def merged(state: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """A state with LoRA layers -> one of a stock Llava, summed in float32; the base must be in full precision."""
+    stock = {}
+    for name, value in state.items():
+        if name.endswith(".base_layer.weight"):
+            value = value.float() + added(state, name.removesuffix(".base_layer.weight"), scaling)
+        if not is_lora(name):
+            stock[name.replace(".base_layer.", ".")] = value
+    return stock
+
+
+def remove_lora(model: LlavaForConditionalGeneration, scaling: float) -> LlavaForConditionalGeneration:
+    """The model with its LoRA layers added to the weights and taken out; the base must be in full precision."""
+    state = merged(model.state_dict(), scaling)
+    for name in [name for name, module in model.named_modules() if hasattr(module, "lora_A")]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_submodule(name).base_layer)
+    model.load_state_dict(state)
+    return model
