@@ -8,6 +8,7 @@ from encoder.arguments import build, read_recipe
 from encoder.errors import DataError
 from encoder.geometry import MODES
 from mllm.box_text import CODECS, DEFAULT_CODEC, BoxCodec
+from mllm.mixture import expand, sources_of
 from mllm.templates import TEMPLATES
 
 PARTS = ("projector", "llm", "tower", "llm_lora", "tower_lora")
@@ -23,9 +24,10 @@ FREE_FIELDS = {"output", "log_every", "save_every", "keep_checkpoints", "workers
 class MllmConfig:
     """One training run. Paths are relative to the folder the command is started in.
 
-    data: conversation files (LLaVA JSON or JSON lines, with or without `regions`)
-    images: folder that the records' `image` is relative to
+    data: conversation files (LLaVA JSON or JSON lines, with or without `regions`); in a recipe also objects with path,
+        images, weight or count, and importer, and in both YAML files that hold such a list, see `mllm.mixture`
     output: folder of the finished MLLM and of its checkpoints
+    images: folder that the records' `image` is relative to, where an entry of data names none
     model: an MLLM folder to go on from, with its tower, tokenizer and settings; instead of tower and llm
     tower: folder of the vision tower: CLOC, CLIPModel or CLIPVisionModel
     llm: folder of any causal language model with its tokenizer
@@ -92,9 +94,9 @@ class MllmConfig:
     report_to: tensorboard, wandb or none
     """
 
-    data: list[str]
-    images: str
+    data: list[str | dict]
     output: str
+    images: str | None = None
     model: str | None = None
     tower: str | None = None
     llm: str | None = None
@@ -110,9 +112,9 @@ class MllmConfig:
     lora_targets: list[str] = field(default_factory=list)
     save_adapter: bool = False
     llm_bits: int | None = None
-    val_data: list[str] = field(default_factory=list)
+    val_data: list[str | dict] = field(default_factory=list)
     val_every: int = 500
-    tokenizer_data: list[str] = field(default_factory=list)
+    tokenizer_data: list[str | dict] = field(default_factory=list)
     vocab_size: int = 1024
     llm_width: int = 192
     llm_layers: int = 4
@@ -156,6 +158,9 @@ class MllmConfig:
         for name in ("data", "train", "val_data", "tokenizer_data", "lora_targets"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
+        for name in ("data", "val_data", "tokenizer_data"):
+            setattr(self, name, expand(getattr(self, name)))  # what a YAML file says belongs to the run's identity
+            sources_of(getattr(self, name))
         self._check_words()
         if self.codec is None and not self.model:
             self.codec = DEFAULT_CODEC

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from encoder.errors import DataError
 from encoder.geometry import Geometry
 from mllm.box_text import BoxCodec
 from mllm.conversation import IGNORE, IMAGE, messages_of, tokenize
 from mllm.image_input import ImageInput, no_picture, read_picture
+from mllm.mixture import read_mixture, sources_of
 from mllm.packing import NO_TOKEN, TokenRow, attention_of, own_row, pack_rows, share_pictures
-from mllm.records import check_record, pictures_of, read_records, sizes_of
+from mllm.records import pictures_of, sizes_of
 
 CHUNK = 1000
 PER_TOKEN = ("ids", "supervised", "segments", "roots")  # of a TokenRow
@@ -27,15 +27,16 @@ PER_TOKEN = ("ids", "supervised", "segments", "roots")  # of a TokenRow
 class ConversationDataset(Dataset):
     """Checked and tokenised conversations: one a row, or all about one picture, or, packed, as many as fit.
 
-    image_files: distinct pictures in order of first use
+    sources: a line about each file: how many conversations it holds, and how many an epoch has
+    image_files: distinct pictures in order of first use, image_folders: where each lies
     lengths: (n,) tokens of each row with those of its pictures
-    num_records: conversations in all rows; num_cut: those that were cut at `max_length`
+    num_records: conversations in all rows; num_cut: distinct ones that were cut at `max_length`
     """
 
     def __init__(
         self,
-        files: list[str],
-        images: str | Path,
+        data: list,
+        images: str | Path | None,
         tokenizer,
         image: ImageInput,
         codec: BoxCodec,
@@ -43,40 +44,37 @@ class ConversationDataset(Dataset):
         max_length: int,
         shared_pictures: bool = False,
         packed: bool = False,
+        seed: int = 0,
         progress: bool = True,
     ):
-        self.images, self.image, self.num_image_tokens = Path(images), image, num_image_tokens
-        if not self.images.is_dir():
-            raise DataError(f"folder of images {images} does not exist; check images in the recipe")
-        records = [record for file in files for record in read_records(file)]
-        sizes: dict[Path, tuple[int, int]] = {}
-        for record in tqdm(records, desc="check", unit="record", disable=not progress):
-            check_record(record, self.images, sizes)
-        used: dict[str, int] = {}
+        self.image, self.num_image_tokens = image, num_image_tokens
+        records, order, self.sources = read_mixture(sources_of(data, images), seed, progress)
+        used: dict[tuple[Path, str], int] = {}
         for record in records:
             for name in pictures_of(record):
-                used.setdefault(name, len(used))
-        self.image_files, self.num_records, self.num_cut = list(used), len(records), 0
-        rows = self._tokenise(records, used, tokenizer, codec, max_length, progress)
+                used.setdefault((record["_folder"], name), len(used))
+        self.image_files, self.image_folders = [name for _, name in used], [folder for folder, _ in used]
+        rows, self.num_cut = self._tokenise(records, used, tokenizer, codec, max_length, progress)
+        rows, self.num_records = [rows[index] for index in order], len(order)
         if shared_pictures:
             rows = share_pictures(rows, tokenizer.convert_tokens_to_ids(IMAGE), num_image_tokens, max_length)
         if packed:
             rows = pack_rows(rows, num_image_tokens, max_length)
         self._keep(rows)
 
-    def _tokenise(self, records, used, tokenizer, codec: BoxCodec, max_length: int, progress: bool) -> list[TokenRow]:
-        rows, mark = [], tokenizer.convert_tokens_to_ids(IMAGE)
+    def _tokenise(self, records, used, tokenizer, codec: BoxCodec, max_length: int, progress: bool) -> tuple[list[TokenRow], int]:
+        rows, num_cut, mark = [], 0, tokenizer.convert_tokens_to_ids(IMAGE)
         for start in tqdm(range(0, len(records), CHUNK), desc="tokenise", unit="k", disable=not progress):
             chunk = records[start : start + CHUNK]
             messages = [messages_of(record, self._geometries(record), codec) for record in chunk]
             names = [pictures_of(record) for record in chunk]
             counts = [len(pictures) for pictures in names]
             tokens = tokenize(tokenizer, messages, [r["_where"] for r in chunk], counts, self.num_image_tokens, max_length)
-            for pictures, (ids, supervised, cut) in zip(names, tokens, strict=True):
+            for record, pictures, (ids, supervised, cut) in zip(chunk, names, tokens, strict=True):
                 left = int((ids == mark).sum())  # pictures that were not cut off
-                rows.append(own_row(ids, supervised, tuple(used[name] for name in pictures[:left])))
-                self.num_cut += cut
-        return rows
+                rows.append(own_row(ids, supervised, tuple(used[record["_folder"], name] for name in pictures[:left])))
+                num_cut += cut
+        return rows, num_cut
 
     def _geometries(self, record: dict) -> list[Geometry]:
         return [self.image.geometry(*size) for size in sizes_of(record)]
@@ -100,7 +98,10 @@ class ConversationDataset(Dataset):
 
     def pixels(self, index: int) -> Tensor:
         """(3, size, size) float32: the picture of that index in `image_files`."""
-        return self.image.pixels([read_picture(self.images / self.image_files[index])])[0]
+        return self.image.pixels([read_picture(self.image_path(index))])[0]
+
+    def image_path(self, index: int) -> Path:
+        return self.image_folders[index] / self.image_files[index]
 
 
 class Collator:

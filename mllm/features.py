@@ -75,8 +75,8 @@ def cache_features(
 def _key(tower: nn.Module, layer: int | list[int], dataset: ConversationDataset) -> str:
     """Name of the cache: all that the features depend on; a picture counts by path, size and time of change."""
     digest = hashlib.sha256(f"{weights_hash(tower)} {layer} {dataset.image}".encode())
-    for name in dataset.image_files:
-        stat = (dataset.images / name).stat()
+    for index, name in enumerate(dataset.image_files):
+        stat = dataset.image_path(index).stat()
         digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 

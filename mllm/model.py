@@ -30,6 +30,7 @@ from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig, layers_of
 from mllm.image_input import ImageInput
 from mllm.llava_layout import read_projector
 from mllm.lora import add_lora, is_lora, lora_config, quantize
+from mllm.mixture import sources_of
 from mllm.packing import attends_to_all
 from mllm.records import texts_of
 from mllm.templates import choose_template, end_token_ids
@@ -124,7 +125,8 @@ def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
 
 def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, bytes]:
     """A small Llama from scratch and its own tokenizer."""
-    texts = (text for path in config.tokenizer_data or config.data for text in texts_of(path))
+    sources = sources_of(config.tokenizer_data or config.data, config.images)
+    texts = (text for source in sources for text in texts_of(source.read({})))
     proto = train_sentencepiece(texts, config.vocab_size)
     tokenizer = fast_tokenizer(proto, config.max_length)
     add_codec_tokens(tokenizer, BoxCodec(config.codec))

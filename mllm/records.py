@@ -5,7 +5,7 @@ Everything is checked before training starts, so that a bad record is named at o
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +13,8 @@ from PIL import Image
 from encoder.errors import DataError
 from mllm.conversation import IMAGE, PLACEHOLDER, ROLES
 from mllm.regions import parse_region
+
+Sizes = dict[Path, tuple[int, int]]  # of pictures seen before, so that each is opened once
 
 
 def read_records(path: str | Path, problems: list[str] | None = None) -> list[dict]:
@@ -62,13 +64,12 @@ def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, object]]
                 problems.append(f"{path}, line {number}: not JSON ({error.msg}); the file may be truncated")
 
 
-def texts_of(path: str | Path) -> list[str]:
-    """What is said in a conversation file, without marks of pictures and boxes: to train a tokenizer on."""
-    records = read_records(path)
+def texts_of(records: Iterable[dict]) -> Iterator[str]:
+    """What is said in records, without marks of pictures and boxes: to train a tokenizer on."""
     for record in records:
         _raise_first(_turn_problems(record))
-    turns = [turn["value"] for record in records for turn in record["conversations"]]
-    return [PLACEHOLDER.sub("", text).replace(IMAGE, "").strip() for text in turns]
+        for turn in record["conversations"]:
+            yield PLACEHOLDER.sub("", turn["value"]).replace(IMAGE, "").strip()
 
 
 def pictures_of(record: dict) -> list[str]:
@@ -83,11 +84,8 @@ def sizes_of(record: dict) -> list[tuple[int, int]]:
     return list(zip(width, height, strict=True)) if isinstance(width, list) else [(width, height)] * len(pictures_of(record))
 
 
-def check_record(record: dict, images: Path, sizes: dict[Path, tuple[int, int]] | None = None) -> None:
-    """Raises a `DataError` naming file, id and key where a record cannot be used; fills in width and height.
-
-    sizes: of pictures seen before, so that each is opened once
-    """
+def check_record(record: dict, images: Path, sizes: Sizes | None = None) -> None:
+    """Raises a `DataError` naming file, id and key where a record cannot be used; fills in width and height."""
     _raise_first(problems_of(record, images, sizes))
 
 
@@ -96,7 +94,7 @@ def _raise_first(problems: Iterator[str]) -> None:
         raise DataError(problem)
 
 
-def problems_of(record: dict, images: Path, sizes: dict[Path, tuple[int, int]] | None = None) -> Iterator[str]:
+def problems_of(record: dict, images: Path, sizes: Sizes | None = None) -> Iterator[str]:
     """Everything that `check_record` would say of a record, one sentence each. What hangs on a bad part is not looked at."""
     sound = True
     parts = (_turn_problems(record), _picture_problems(record, images, {} if sizes is None else sizes), _region_problems(record))
@@ -122,7 +120,7 @@ def _turn_problems(record: dict) -> Iterator[str]:
             yield f"{where}: conversations[{index}] has {IMAGE} in a {turn['from']} turn; pictures are shown in human turns"
 
 
-def _picture_problems(record: dict, images: Path, sizes: dict[Path, tuple[int, int]]) -> Iterator[str]:
+def _picture_problems(record: dict, images: Path, sizes: Sizes) -> Iterator[str]:
     where, names = record["_where"], pictures_of(record)
     if "image" in record and "images" in record:
         yield f"{where}: keys 'image' and 'images' are both given; keep one"
@@ -137,20 +135,26 @@ def _picture_problems(record: dict, images: Path, sizes: dict[Path, tuple[int, i
         yield f"{where}: {len(names)} pictures need as many {IMAGE} in the human turns, {marks} found; write one each"
     found, unread = [], False
     for name in names:
-        path = images / name
         try:
-            if path not in sizes:
-                with Image.open(path) as image:  # reads the header only
-                    sizes[path] = image.size
-            found.append(sizes[path])
-        except FileNotFoundError:
+            found.append(picture_size(images / name, sizes))
+        except DataError as error:
             unread = True
-            yield f"{where}: image {path} does not exist; check 'image' and the folder of images"
-        except OSError:
-            unread = True
-            yield f"{where}: image {path} cannot be read as a picture; replace it or drop the record"
+            yield f"{where}: {error}"
     if found and not unread:
         yield from _size_problems(record, images / names[0], found)
+
+
+def picture_size(path: Path, sizes: Sizes) -> tuple[int, int]:
+    """(width, height) in pixels, from the file's header."""
+    try:
+        if path not in sizes:
+            with Image.open(path) as image:
+                sizes[path] = image.size
+        return sizes[path]
+    except FileNotFoundError:
+        raise DataError(f"image {path} does not exist; check 'image' and the folder of images") from None
+    except OSError:
+        raise DataError(f"image {path} cannot be read as a picture; replace it or drop the record") from None
 
 
 def _size_problems(record: dict, path: Path, found: list[tuple[int, int]]) -> Iterator[str]:

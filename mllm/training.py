@@ -47,7 +47,7 @@ def train(config: MllmConfig, launched: bool = False) -> Path:
         return output
     zero = _zero_config(config, launched)
     mllm = build_mllm(config, torch.bfloat16 if zero and config.precision == "bf16" and not config.llm_preset else torch.float32)
-    dataset, val_dataset = (_dataset(config, mllm, files) for files in (config.data, config.val_data))
+    dataset, val_dataset = (_dataset(config, mllm, data) for data in (config.data, config.val_data))
     freeze(mllm.model, config.trains, getattr(torch, config.save_dtype))
     collator, tower = _collator(config, mllm, dataset, val_dataset, output)
     use_training_loss(mllm.model, choose_block(config.loss_block, mllm.model.lm_head.out_features))
@@ -101,11 +101,11 @@ def _zero_config(config: MllmConfig, launched: bool) -> dict | None:
         raise DataError(f"ZeRO file {path}, line {error.lineno}: not JSON ({error.msg}); correct it") from error
 
 
-def _dataset(config: MllmConfig, mllm: Mllm, files: list[str]) -> ConversationDataset | None:
-    if not files:
+def _dataset(config: MllmConfig, mllm: Mllm, data: list) -> ConversationDataset | None:
+    if not data:
         return None
     dataset = ConversationDataset(
-        files,
+        data,
         config.images,
         mllm.tokenizer,
         mllm.settings.image,
@@ -114,8 +114,11 @@ def _dataset(config: MllmConfig, mllm: Mllm, files: list[str]) -> ConversationDa
         config.max_length,
         config.share_pictures,
         config.pack,
+        config.seed,
         progress=rank() == 0,
     )
+    for line in dataset.sources:
+        _say(line)
     if config.joins_rows and len(dataset) == dataset.num_records > 1:
         why = "no two fit into max_length" if config.pack else "no two have a picture in common, or answers follow it at once"
         _say(f"{config.joins_rows} joined no conversations: {why}")

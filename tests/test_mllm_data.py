@@ -25,7 +25,7 @@ NUM_TOKENS = 25
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     path = write_conversations(folder, 6, text_only=2)
-    tokenizer = fast_tokenizer(train_sentencepiece(texts_of(path), 360), 256)
+    tokenizer = fast_tokenizer(train_sentencepiece(texts_of(read_records(path)), 360), 256)
     choose_template(tokenizer, "auto")
     dataset = ConversationDataset([path], folder / "images", tokenizer, IMAGE, BoxCodec(), NUM_TOKENS, 256, progress=False)
     return folder, path, tokenizer, dataset
