@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict] = {
     "boxes_2": {"max_boxes": 2},
     "joint": {"model_fields": "box_token=joint"},
     "l1_giou": {"grounding_norm": "l1_giou"},
+    "own_prompter": {"model_fields": "prompter_shared=false"},
     "own_temperature": {"model_fields": "region_temperature=own"},
     "from_clip": {"init": "clip"},
     "l1_giou_joint": {"grounding_norm": "l1_giou", "model_fields": "box_token=joint"},

@@ -38,18 +38,21 @@ MAX_SCORED = 2000  # regions
 @dataclass(frozen=True)
 class Setting:
     """norm: of the grounding loss; once: learn from the names alone that their picture shows once; rate: peak, after a tenth
-    of the steps, then a cosine to zero; readout: the Prompter's"""
+    of the steps, then a cosine to zero; readout: the Prompter's; frozen_prompter: in place of a fresh Prompter the model's own
+    for boxes, as it is, with a fresh way in for texts: what is left to learn when boxes have shaped a shared one"""
 
     norm: str = "mse"
     once: bool = False
     rate: float = 1e-3
     steps: int = 1000
     readout: str = "prompt"
+    frozen_prompter: bool = False
 
 
 SETTINGS = {
     "mse": Setting(),
     "l1_giou": Setting("l1_giou"),
+    "mse, frozen Prompter": Setting(frozen_prompter=True),
     "mse, names once": Setting(once=True),
     "l1_giou, names once": Setting("l1_giou", once=True),
     "l1_giou, rate x3": Setting("l1_giou", rate=3e-3),
@@ -127,7 +130,14 @@ def learn(model: ClocModel, data: Pictures, text_feat_TE: Tensor, setting: Setti
     torch.manual_seed(seed)
     fields = {"prompter_shared": False, "prompter_readout": setting.readout}
     fresh = ClocModel(type(model.config)(**{**model.config.to_dict(), **fields})).to(model.device).train()
+    if setting.frozen_prompter:
+        own = {name: value for name, value in model.prompter.state_dict().items() if name in fresh.text_prompter.state_dict()}
+        fresh.text_prompter.load_state_dict({**fresh.text_prompter.state_dict(), **own})
+        fresh.text_prompter.requires_grad_(False)
+        fresh.text_prompter.text_input.reset_parameters()
+        fresh.text_prompter.text_input.requires_grad_(True)
     parameters = [*fresh.text_prompter.parameters(), *fresh.box_head.parameters()]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=setting.rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.rate, setting.steps, pct_start=0.1, cycle_momentum=False)
     usable_R = data.once if setting.once else torch.ones_like(data.once)
