@@ -22,7 +22,7 @@ from mllm.tokenizer import save_tokenizer
 ADAPTER, TRAINED = "adapter_model.safetensors", "trained.safetensors"
 PEFT_PREFIX = "base_model.model."
 # What the base is rebuilt from; of a base folder the first alone.
-BASE_FIELDS = ("model", "tower", "llm", "feature_layer", "geometry", "codec", "template", "seed")
+BASE_FIELDS = ("model", "tower", "llm", "feature_layer", "geometry", "codec", "template", "projector_type", "seed")
 
 
 def save_adapter(
@@ -101,6 +101,17 @@ def load_adapter(
         model = remove_lora(model, _scaling(lora))
     check_tower(folder, _tower_hash(model.state_dict(), saved, _scaling(lora)), settings)
     return model.eval(), tokenizer, settings
+
+
+def merge_adapter(folder: str | Path) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, MllmSettings]:
+    """A stock Llava of an adapter folder, float32: LoRA is added to the whole base, also where it learned on low bits."""
+    settings = MllmSettings.read(folder)
+    if not settings.base:
+        raise DataError(f"{folder} is no adapter folder: {SETTINGS_FILE} names no base; it is a whole MLLM already")
+    settings.llm_bits = None
+    model, tokenizer, settings = load_adapter(folder, settings, torch.float32, "sdpa")
+    settings.base = {}
+    return model, tokenizer, settings
 
 
 def _base(settings: MllmSettings, dtype: torch.dtype, attention: str) -> LlavaForConditionalGeneration:

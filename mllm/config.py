@@ -15,6 +15,7 @@ PARTS = ("projector", "llm", "tower", "llm_lora", "tower_lora")
 PRESETS = ("nano",)
 PRECISIONS = ("bf16", "fp32")
 DTYPES = ("bfloat16", "float32")
+PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's name: the activation between Llava's two layers
 DEFAULT_FEATURE_LAYER = -2
 # Fields that may change between a run and its continuation.
 FREE_FIELDS = {"output", "log_every", "save_every", "keep_checkpoints", "workers", "cache_folder", "resume", "report_to"}
@@ -33,6 +34,8 @@ class MllmConfig:
     llm: folder of any causal language model with its tokenizer
     llm_preset: a language model from scratch instead of `llm`: nano (Llama of llm_width x llm_layers)
     projector: an MLLM folder whose projector is the start, with `tower` and `llm`
+    projector_type: mlp2x_gelu (LLaVA-1.5) or linear (LLaVA, Ferret: Llava's second layer is then the identity and stays it);
+        none takes the MLLM folder's, or mlp2x_gelu
     train: parts that learn: projector, llm, tower; llm_lora and tower_lora: LoRA layers in that part, itself frozen
     learning_rate: peak rate of the language model or its LoRA, and of each part without a rate of its own
     projector_learning_rate: peak rate of the projector
@@ -102,6 +105,7 @@ class MllmConfig:
     llm: str | None = None
     llm_preset: str | None = None
     projector: str | None = None
+    projector_type: str | None = None
     train: list[str] = field(default_factory=lambda: ["projector", "llm"])
     learning_rate: float = 1e-3
     projector_learning_rate: float | None = None
@@ -162,8 +166,9 @@ class MllmConfig:
             setattr(self, name, expand(getattr(self, name)))  # what a YAML file says belongs to the run's identity
             sources_of(getattr(self, name))
         self._check_words()
-        if self.codec is None and not self.model:
-            self.codec = DEFAULT_CODEC
+        if not self.model:
+            self.codec = self.codec or DEFAULT_CODEC
+            self.projector_type = self.projector_type or "mlp2x_gelu"
         self._check_parts()
         self._check_numbers()
 
@@ -173,6 +178,7 @@ class MllmConfig:
             "geometry": MODES,
             "codec": CODECS,
             "template": ("auto", *TEMPLATES),
+            "projector_type": tuple(PROJECTORS),
             "schedule": ("cosine", "linear", "constant"),
             "precision": PRECISIONS,
             "attention": ("sdpa", "eager"),
@@ -299,7 +305,9 @@ def check_identity(output: Path, config: MllmConfig) -> None:
     saved = json.loads(path.read_text())
     for name, value in config.identity().items():
         before = saved.get(name, getattr(MllmConfig, name, value))  # a field that came later had its default
-        if before != value and (name, value) != ("codec", None):  # the MLLM folder's, which is the same one
+        if value is None and name in ("codec", "projector_type"):  # the MLLM folder's, which is the same one
+            continue
+        if before != value and (name, before, value) != ("projector_type", None, "mlp2x_gelu"):  # the field came later
             raise DataError(
                 f"{path}: the checkpoints here were made with {name} = {before}, this run has {value}; "
                 f"choose another output, or pass --resume never to start over"

@@ -17,8 +17,9 @@ from encoder.costs import Cost, measure_cost
 from encoder.errors import DataError
 from encoder.pretrained import folder_kind, load_vision_tower
 from mllm.box_text import BoxCodec
-from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
+from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig
 from mllm.features import tower_features
+from mllm.lora import add_lora, lora_config
 from mllm.model import freeze, join, llava_config, nano_llm_config
 from mllm.tokenizer import add_codec_tokens, add_image_token
 
@@ -34,6 +35,8 @@ def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
             model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(config.model))
         else:
             model = _joined(config)
+        if config.uses_lora:
+            add_lora(model, lora_config(model, config))
         freeze(model, config.trains, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
 
@@ -49,7 +52,7 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     codec = BoxCodec(config.codec)
     if config.llm_preset:
         sizes = nano_llm_config(config, config.vocab_size + len(codec.tokens))
-        return LlavaForConditionalGeneration(llava_config(tower, sizes, layer))
+        return LlavaForConditionalGeneration(llava_config(tower, sizes, layer, PROJECTORS[config.projector_type]))
     _read_json(Path(config.llm) / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     add_image_token(tokenizer)
@@ -57,7 +60,7 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), attn_implementation=config.attention)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    return join(tower, llm, tokenizer, layer)
+    return join(tower, llm, tokenizer, layer, PROJECTORS[config.projector_type])
 
 
 def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:

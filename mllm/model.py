@@ -3,6 +3,7 @@
 (S sampled image tokens, D the tower's width, H the language model's width.)
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from encoder.errors import DataError
 from encoder.pretrained import load_vision_tower
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
-from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig, layers_of
+from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig, layers_of
 from mllm.image_input import ImageInput
 from mllm.llava_layout import read_projector
 from mllm.lora import add_lora, is_lora, lora_config, quantize
@@ -90,7 +91,7 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
         llm, tokenizer, proto = _nano_llm(config)
     else:
         llm, tokenizer, proto = _load_llm(config, dtype)
-    model = join(tower, llm.to(dtype), tokenizer, layer)
+    model = join(tower, llm.to(dtype), tokenizer, layer, PROJECTORS[config.projector_type])
     if config.projector:
         load_projector(model, config.projector)
     template = choose_template(tokenizer, config.template)
@@ -112,6 +113,7 @@ def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
         "feature_layer": settings.feature_layer,
         "geometry": settings.image.mode,
         "codec": settings.codec,
+        "projector_type": next(k for k, act in PROJECTORS.items() if act == model.config.projector_hidden_act),
     }
     for name, saved in pairs.items():
         asked = getattr(config, name)
@@ -172,7 +174,11 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
 
 
 def llava_config(
-    tower: PreTrainedModel, text_config: PreTrainedConfig, feature_layer: int | list[int], **token_ids: int
+    tower: PreTrainedModel,
+    text_config: PreTrainedConfig,
+    feature_layer: int | list[int],
+    projector_act: str = "gelu",
+    **token_ids: int,
 ) -> LlavaConfig:
     """The stock configuration of a Llava on this tower: its sizes, and whether its first token is no patch."""
     return LlavaConfig(
@@ -182,25 +188,36 @@ def llava_config(
         vision_feature_layer=feature_layer,
         # "default" leaves out the first token, which is CLIP's CLS; SigLIP has none.
         vision_feature_select_strategy="default" if hasattr(tower.embeddings, "class_embedding") else "full",
-        projector_hidden_act="gelu",
+        projector_hidden_act=projector_act,
         **token_ids,
     )
 
 
 def join(
-    tower: PreTrainedModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, feature_layer: int | list[int]
+    tower: PreTrainedModel,
+    llm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    feature_layer: int | list[int],
+    projector_act: str = "gelu",
 ) -> LlavaForConditionalGeneration:
     """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
     ids = {"image_token_index": add_image_token(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = llava_config(tower, llm.config, feature_layer, **ids)
+    config = llava_config(tower, llm.config, feature_layer, projector_act, **ids)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
     model.model.language_model = llm.base_model
     model.lm_head = llm.get_output_embeddings()
     model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(next(llm.parameters()).dtype)
+    if projector_act == "linear":
+        _make_identity(model.model.multi_modal_projector.linear_2)
     model.generation_config = llm.generation_config
     return model.eval()
+
+
+def _make_identity(layer: nn.Linear) -> None:
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
@@ -216,6 +233,11 @@ def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> 
         raise DataError(
             f"projector folder {folder} holds no Llava projector in {len(files)} safetensors files; name an MLLM folder"
         )
+    sizes = Path(folder) / "config.json"
+    act = json.loads(sizes.read_text()).get("projector_hidden_act", "gelu") if sizes.is_file() else "gelu"
+    if act != model.config.projector_hidden_act:
+        theirs = {act: name for name, act in PROJECTORS.items()}.get(act, act)
+        raise DataError(f"the projector in {folder} is of projector_type {theirs}; pass that, or leave projector out")
     fill_projector(model, found, folder)
 
 
@@ -265,6 +287,11 @@ def fit_projector(projector: LlavaMultiModalProjector, features_SD: Tensor, outp
     scale = output_std / (out_SH - out_SH.mean(0)).std()
     projector.linear_2.weight.copy_(second * scale)
     projector.linear_2.bias.copy_(-out_SH.mean(0) * scale)
+    if isinstance(projector.act, nn.Identity):  # a linear projector: its first layer alone
+        second, shift = projector.linear_2.weight, projector.linear_2.bias
+        projector.linear_1.bias.copy_(second @ projector.linear_1.bias + shift)
+        projector.linear_1.weight.copy_(second @ projector.linear_1.weight)
+        _make_identity(projector.linear_2)
 
 
 def part_of(name: str) -> str:
@@ -277,9 +304,10 @@ def part_of(name: str) -> str:
 def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: torch.dtype) -> None:
     """Only the `trained` parts require gradients; the others are rounded to the format they will be saved in.
 
-    What learns then learns against the very weights that an evaluation loads.
+    What learns then learns against the very weights that an evaluation loads. A linear projector is Llava's first layer alone.
     """
+    fixed = "multi_modal_projector.linear_2." if model.config.projector_hidden_act == "linear" else None
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained)
+        parameter.requires_grad_(part_of(name) in trained and not (fixed and fixed in name))
         if not parameter.requires_grad and parameter.is_floating_point():  # else in low bits, where it was rounded before
             parameter.data = parameter.data.to(save_dtype).to(parameter.dtype)
