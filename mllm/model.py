@@ -1,15 +1,11 @@
-"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava.
+"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava."""
 
-(S sampled image tokens, D the tower's width, H the language model's width.)
-"""
-
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,10 +25,10 @@ from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig, layers_of
 from mllm.image_input import ImageInput
-from mllm.llava_layout import read_projector
 from mllm.lora import add_lora, is_lora, lora_config, quantize
 from mllm.mixture import sources_of
 from mllm.packing import attends_to_all
+from mllm.projector import load_projector, make_identity
 from mllm.records import texts_of
 from mllm.templates import choose_template, end_token_ids
 from mllm.tokenizer import add_codec_tokens, add_image_token, fast_tokenizer, train_sentencepiece
@@ -210,88 +206,9 @@ def join(
     model.lm_head = llm.get_output_embeddings()
     model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(next(llm.parameters()).dtype)
     if projector_act == "linear":
-        _make_identity(model.model.multi_modal_projector.linear_2)
+        make_identity(model.model.multi_modal_projector.linear_2)
     model.generation_config = llm.generation_config
     return model.eval()
-
-
-def _make_identity(layer: nn.Linear) -> None:
-    nn.init.eye_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
-def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
-    """Copies the projector of another MLLM folder, or of LLaVA's `mm_projector.bin` or its folder."""
-    found: dict[str, Tensor] = read_projector(folder)
-    files = sorted(Path(folder).glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                if "multi_modal_projector." in name:
-                    found[name.split("multi_modal_projector.")[1]] = tensors.get_tensor(name)
-    if not found:
-        raise DataError(
-            f"projector folder {folder} holds no Llava projector in {len(files)} safetensors files; name an MLLM folder"
-        )
-    sizes = Path(folder) / "config.json"
-    act = json.loads(sizes.read_text()).get("projector_hidden_act", "gelu") if sizes.is_file() else "gelu"
-    if act != model.config.projector_hidden_act:
-        theirs = {act: name for name, act in PROJECTORS.items()}.get(act, act)
-        raise DataError(f"the projector in {folder} is of projector_type {theirs}; pass that, or leave projector out")
-    fill_projector(model, found, folder)
-
-
-def fill_projector(model: LlavaForConditionalGeneration, found: dict[str, Tensor], folder: str | Path) -> None:
-    """Copies a projector's parameters, refused where their sizes are not this tower's and language model's."""
-    projector = model.model.multi_modal_projector
-    if wrong := sorted(set(found) ^ set(projector.state_dict())):
-        raise DataError(f"the projector in {folder} has or lacks {', '.join(wrong)}; Llava's are two layers with biases")
-    (ours_out, ours_in), (theirs_out, theirs_in) = projector.linear_1.weight.shape, found["linear_1.weight"].shape
-    if ours_in != theirs_in:
-        raise DataError(
-            f"the projector in {folder} takes features of width {theirs_in}, the tower's are {ours_in} wide; "
-            "choose that projector's tower, or leave projector out and train a new one"
-        )
-    if ours_out != theirs_out:
-        raise DataError(
-            f"the projector in {folder} ends at width {theirs_out}, the language model is {ours_out} wide; "
-            "choose that projector's language model, or leave projector out and train a new one"
-        )
-    projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
-
-
-WHITENING_RIDGE = 0.1  # of the mean variance per direction
-
-
-@torch.no_grad()
-def fit_projector(projector: LlavaMultiModalProjector, features_SD: Tensor, output_std: float) -> None:
-    """Starts a projector so that these features come out centred and with standard deviation `output_std`.
-
-    features_SD: image tokens of some pictures at the projected layer, as the tower gives them
-    The features are whitened, and that is folded into `linear_1`. Raw, a few directions are a hundred times louder than
-    the median: in a CLIP tower they hold the background's colour and position has a twentieth of the variance, in a CLOC
-    tower position has four fifths and the names the rest. A small language model then sees either where or what.
-    """
-    features_SD = features_SD.float()
-    mean_D = features_SD.mean(0)
-    variance_D, axes_DD = torch.linalg.eigh(torch.cov(features_SD.T))
-    # The ridge keeps directions that hold next to nothing from being blown up into noise.
-    scale_D = (variance_D + WHITENING_RIDGE * variance_D.mean()).rsqrt()
-    width = projector.linear_1.out_features
-    first = torch.randn(width, len(mean_D)) / len(mean_D) ** 0.5 @ (axes_DD * scale_D) @ axes_DD.T
-    first /= ((features_SD - mean_D) @ first.T).std()
-    second = torch.randn(projector.linear_2.out_features, width) / width**0.5
-    projector.linear_1.weight.copy_(first)
-    projector.linear_1.bias.copy_(-first @ mean_D)
-    out_SH = projector.act(features_SD @ first.T - first @ mean_D) @ second.T
-    scale = output_std / (out_SH - out_SH.mean(0)).std()
-    projector.linear_2.weight.copy_(second * scale)
-    projector.linear_2.bias.copy_(-out_SH.mean(0) * scale)
-    if isinstance(projector.act, nn.Identity):  # a linear projector: its first layer alone
-        second, shift = projector.linear_2.weight, projector.linear_2.bias
-        projector.linear_1.bias.copy_(second @ projector.linear_1.bias + shift)
-        projector.linear_1.weight.copy_(second @ projector.linear_1.weight)
-        _make_identity(projector.linear_2)
 
 
 def part_of(name: str) -> str:

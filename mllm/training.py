@@ -19,7 +19,8 @@ from mllm.data import ConversationDataset, pixel_collator
 from mllm.features import CachedTower, cache_features, feature_collator, measure_features, sample_features
 from mllm.lm_loss import choose_block, use_training_loss
 from mllm.lora import merged
-from mllm.model import Mllm, build_mllm, fit_projector, freeze, part_of
+from mllm.model import Mllm, build_mllm, freeze, part_of
+from mllm.projector import fit_projector
 from mllm.trainer import MllmTrainer
 
 RUN_FILE = "run.json"
