@@ -9,6 +9,7 @@ from encoder.errors import DataError
 from encoder.geometry import MODES
 from mllm.box_text import CODECS, DEFAULT_CODEC, BoxCodec
 from mllm.mixture import expand, sources_of
+from mllm.regions import COORDS, REGION_TOKENS
 from mllm.templates import TEMPLATES
 
 PARTS = ("projector", "llm", "tower", "llm_lora", "tower_lora")
@@ -62,6 +63,10 @@ class MllmConfig:
     geometry: how a picture becomes the square input, pad or squash; none takes the tower's
     codec: how boxes are written: int1000, float2, float3 or loc_tokens (docs/training.md); none takes the MLLM folder's,
         or int1000
+    region_tokens: how a region in a question enters beside its coordinates: coords (not at all: a stock Llava), prompter
+        (CLOC's region embedding as one more token) or pooling (the mean of the tower's patches under it, for any tower); none
+        takes the MLLM folder's, or coords
+    prompter: CLOC folder whose Prompter reads the regions; none: the tower's own folder
     template: auto (the tokenizer's own, or ours of the same text with marks), or a name of mllm/templates.py
     max_length: longest row in tokens, picture included; longer conversations are cut, and counted
     share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
@@ -128,6 +133,8 @@ class MllmConfig:
     feature_layer: int | list[int] | None = None
     geometry: str | None = None
     codec: str | None = None
+    region_tokens: str | None = None
+    prompter: str | None = None
     template: str = "auto"
     max_length: int = 2048
     share_pictures: bool = False
@@ -177,6 +184,7 @@ class MllmConfig:
             "llm_preset": PRESETS,
             "geometry": MODES,
             "codec": CODECS,
+            "region_tokens": REGION_TOKENS,
             "template": ("auto", *TEMPLATES),
             "projector_type": tuple(PROJECTORS),
             "schedule": ("cosine", "linear", "constant"),
@@ -214,6 +222,12 @@ class MllmConfig:
                 f"codec {self.codec} gives the language model new tokens, but train lacks llm, so none would be learned; "
                 "add it, or take another codec"
             )
+        if self.prompter and self.region_tokens != "prompter":
+            raise DataError(
+                "prompter is given, but region_tokens is not prompter, so nothing would read it; set that, or drop it"
+            )
+        if self.new_regions and not self.model and "projector" not in self.train:
+            raise DataError(f"region_tokens {self.region_tokens} has a projector that must be learned; add projector to train")
         if self.cache_features and (learns := self.trains & {"tower", "tower_lora"}):
             raise DataError(
                 f"cache_features keeps a frozen tower's features, but train names {learns.pop()}; drop one of the two"
@@ -269,6 +283,11 @@ class MllmConfig:
     def joins_rows(self) -> str | None:
         """The field, if any, that puts several conversations into a row."""
         return "pack" if self.pack else "share_pictures" if self.share_pictures else None
+
+    @property
+    def new_regions(self) -> bool:
+        """Whether region tokens are asked for."""
+        return self.region_tokens not in (None, COORDS)
 
     @property
     def trains(self) -> set[str]:

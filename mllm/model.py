@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoder.errors import DataError
-from encoder.pretrained import load_vision_tower
+from encoder.pretrained import load_vision_tower, weights_hash
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig, layers_of
@@ -28,10 +28,12 @@ from mllm.image_input import ImageInput
 from mllm.lora import add_lora, is_lora, lora_config, quantize
 from mllm.mixture import sources_of
 from mllm.packing import attends_to_all
-from mllm.projector import load_projector, make_identity
+from mllm.projector import load_projector, load_region_projector, make_identity
 from mllm.records import texts_of
+from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens
+from mllm.regions import COORDS
 from mllm.templates import choose_template, end_token_ids
-from mllm.tokenizer import add_codec_tokens, add_image_token, fast_tokenizer, train_sentencepiece
+from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token, fast_tokenizer, train_sentencepiece
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Mllm:
     sentencepiece_model: the serialised model that the tokenizer is made from, where there is one
     from_scratch: whether projector and language model start from random weights
     lora: peft's LoraConfig of the layers that were added, else None
+    new_regions: whether the projector of region tokens starts from random weights
     """
 
     model: LlavaForConditionalGeneration
@@ -49,6 +52,7 @@ class Mllm:
     sentencepiece_model: bytes | None = None
     from_scratch: bool = False
     lora: object | None = None
+    new_regions: bool = False
 
     @property
     def num_image_tokens(self) -> int:
@@ -90,6 +94,9 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     model = join(tower, llm.to(dtype), tokenizer, layer, PROJECTORS[config.projector_type])
     if config.projector:
         load_projector(model, config.projector)
+    if config.new_regions:
+        model = add_region_tokens(model, add_region_token(tokenizer), config.region_tokens, config.prompter or config.tower)
+        kept_regions = config.projector is not None and load_region_projector(model, config.projector)
     template = choose_template(tokenizer, config.template)
     if len(ends := end_token_ids(tokenizer)) > 1:  # stock code stops where the template's answers do
         model.generation_config.eos_token_id = ends
@@ -99,8 +106,10 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
         feature_layer=layer,
         template=template,
         tower_path=str(config.tower),
+        regions=config.region_tokens or COORDS,
     )
-    return Mllm(model, tokenizer, settings, proto, from_scratch=bool(config.llm_preset) and not config.projector)
+    from_scratch = bool(config.llm_preset) and not config.projector
+    return Mllm(model, tokenizer, settings, proto, from_scratch, new_regions=config.new_regions and not kept_regions)
 
 
 def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
@@ -115,10 +124,43 @@ def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
         asked = getattr(config, name)
         if asked is not None and asked != saved:
             raise DataError(f"{name} is {asked}, but the MLLM {config.model} was trained with {saved}; drop {name}")
+    turned_on = config.new_regions and settings.regions == COORDS
+    if turned_on:
+        model = _turn_on_regions(config, model, tokenizer, settings)
+    elif config.region_tokens not in (None, settings.regions):
+        raise DataError(
+            f"region_tokens is {config.region_tokens}, but the MLLM {config.model} was trained with {settings.regions}; "
+            "drop region_tokens"
+        )
     if config.template != "auto":
         settings.template = choose_template(tokenizer, config.template)
     proto = Path(config.model) / "tokenizer.model"
-    return Mllm(model, tokenizer, settings, proto.read_bytes() if proto.is_file() else None)
+    proto_bytes = proto.read_bytes() if proto.is_file() else None
+    return Mllm(model, tokenizer, settings, proto_bytes, new_regions=turned_on)
+
+
+def _turn_on_regions(config: MllmConfig, model, tokenizer, settings: MllmSettings) -> RegionLlavaForConditionalGeneration:
+    """The MLLM of a folder, which had none, with region tokens; the Prompter must be of that very tower, or learn with it."""
+    if "projector" not in config.trains:
+        raise DataError(f"region_tokens {config.region_tokens} has a projector that must be learned; add projector to train")
+    if config.saves_adapter:
+        raise DataError(
+            f"region_tokens {config.region_tokens} is new to {config.model}, and an adapter folder would not keep it; pass "
+            "--save_adapter false, or turn it on in a run before"
+        )
+    source = config.prompter or settings.tower_path
+    if config.region_tokens == "prompter" and "tower" not in config.trains:
+        tower = load_vision_tower(source, getattr(torch, settings.dtype))
+        if weights_hash(tower) != settings.tower_hash:
+            raise DataError(
+                f"the Prompter of {source} was trained on another tower than that of {config.model}; name with prompter the CLOC "
+                "folder that this tower came from, or add tower to train, so that both learn on together"
+            )
+    token_id = add_region_token(tokenizer)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    settings.regions = config.region_tokens
+    return add_region_tokens(model, token_id, config.region_tokens, source)
 
 
 def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, bytes]:
@@ -128,6 +170,8 @@ def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     proto = train_sentencepiece(texts, config.vocab_size)
     tokenizer = fast_tokenizer(proto, config.max_length)
     add_codec_tokens(tokenizer, BoxCodec(config.codec))
+    if config.new_regions:
+        add_region_token(tokenizer)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     llm = LlamaForCausalLM(nano_llm_config(config, len(tokenizer), **ids))
     nn.init.normal_(llm.get_input_embeddings().weight, std=config.embedding_std)
@@ -163,6 +207,8 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         raise DataError(f"language model {config.llm} cannot be read ({reason}); copy or save the folder again") from error
     add_image_token(tokenizer)
     add_codec_tokens(tokenizer, BoxCodec(config.codec))
+    if config.new_regions:
+        add_region_token(tokenizer)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     proto = Path(config.llm) / "tokenizer.model"
@@ -212,10 +258,14 @@ def join(
 
 
 def part_of(name: str) -> str:
-    """Which part a parameter belongs to: `tower`, `projector` or `llm`, and of LoRA layers `tower_lora` or `llm_lora`."""
-    if "multi_modal_projector." in name:
+    """Which part a parameter belongs to: `tower`, `projector` or `llm`, and of LoRA layers `tower_lora` or `llm_lora`.
+
+    A Prompter goes with its tower, the projector of region tokens with the picture's.
+    """
+    if "multi_modal_projector." in name or "region_tokens.projector." in name:
         return "projector"
-    return ("tower" if "vision_tower." in name else "llm") + ("_lora" if is_lora(name) else "")
+    tower = "vision_tower." in name or "region_tokens.prompter." in name
+    return ("tower" if tower else "llm") + ("_lora" if is_lora(name) else "")
 
 
 def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: torch.dtype) -> None:

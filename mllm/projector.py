@@ -16,6 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from encoder.errors import DataError
 from mllm.config import PROJECTORS
 from mllm.llava_layout import read_projector
+from mllm.region_tokens import RegionLlavaForConditionalGeneration
 
 
 def make_identity(layer: nn.Linear) -> None:
@@ -26,17 +27,10 @@ def make_identity(layer: nn.Linear) -> None:
 
 def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
     """Copies the projector of another MLLM folder, or of LLaVA's `mm_projector.bin` or its folder."""
-    found: dict[str, Tensor] = read_projector(folder)
-    files = sorted(Path(folder).glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                if "multi_modal_projector." in name:
-                    found[name.split("multi_modal_projector.")[1]] = tensors.get_tensor(name)
+    found = read_projector(folder) | _weights_below(folder, "multi_modal_projector.")
     if not found:
-        raise DataError(
-            f"projector folder {folder} holds no Llava projector in {len(files)} safetensors files; name an MLLM folder"
-        )
+        files = len(list(Path(folder).glob("*.safetensors")))
+        raise DataError(f"projector folder {folder} holds no Llava projector in {files} safetensors files; name an MLLM folder")
     sizes = Path(folder) / "config.json"
     act = json.loads(sizes.read_text()).get("projector_hidden_act", "gelu") if sizes.is_file() else "gelu"
     if act != model.config.projector_hidden_act:
@@ -62,6 +56,25 @@ def fill_projector(model: LlavaForConditionalGeneration, found: dict[str, Tensor
             "choose that projector's language model, or leave projector out and train a new one"
         )
     projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
+
+
+def load_region_projector(model: RegionLlavaForConditionalGeneration, folder: str | Path) -> bool:
+    """Copies the projector of another MLLM folder's region tokens, where it has one of this kind; returns whether it has."""
+    found = _weights_below(folder, "region_tokens.projector.")
+    projector = model.model.region_tokens.projector
+    if {name: value.shape for name, value in found.items()} != {n: v.shape for n, v in projector.state_dict().items()}:
+        return False
+    projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
+    return True
+
+
+def _weights_below(folder: str | Path, part: str) -> dict[str, Tensor]:
+    """The weights in a folder's safetensors whose names hold `part`, by the rest of the name."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {name.split(part)[1]: tensors.get_tensor(name) for name in tensors.keys() if part in name}
+    return found
 
 
 WHITENING_RIDGE = 0.1  # of the mean variance per direction
