@@ -1,9 +1,8 @@
 """How a question points at an annotated object: by its box, by a point of it, or by its outline."""
 
-import numpy as np
-
 from encoder.errors import DataError
 from encoder.masks import decode_mask, run_lengths
+from eval.reflvis_records import point_inside
 
 
 def region_of(
@@ -12,8 +11,8 @@ def region_of(
     """A record's object for the question (see `mllm.regions`), None for `box`, which every question has anyway.
 
     kind: `box`, `point` or `mask`; outline: polygons or a run-length encoding; box: xyxy, pixels of the `width` x `height` image
-    A point is the middle of the outline's pixel that is nearest to its centre of mass, the uppermost, then leftmost, of equals;
-    without an outline the middle of the box. Raises DataError where a mask is asked for and there is none.
+    A point is RefLVIS' (`eval.reflvis_records.point_inside`); without an outline the middle of the
+    box. Raises DataError where a mask is asked for and there is none.
     """
     if kind == "box":
         return None
@@ -31,7 +30,4 @@ def region_of(
         raise DataError(f"{where}: its segmentation covers no pixel; use --region box")
     if kind == "mask":
         return {"mask": outline}
-    ys, xs = np.nonzero(mask)
-    distance = (ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2
-    nearest = int(distance.round(9).argmin())
-    return {"point": [float(xs[nearest]) + 0.5, float(ys[nearest]) + 0.5]}
+    return {"point": point_inside(mask)}

@@ -2,7 +2,7 @@
 
     python eval/referring.py --model runs/mllm_cloc --data scenes/refcoco --images scenes/images --out runs/eval_cloc
 
-`--region point` asks by the pixel of the object that is nearest to its centre of mass, `--region mask` by its outline; both
+`--region point` asks by a point of the object near its centre of mass, `--region mask` by its outline; both
 have a run folder of their own, `refcoco_referring_point`. The unit is the referred object. Right when the answer is its
 category's name, up to case and surrounding blanks; micro (over objects) and macro (over categories) accuracy, each with its
 interval.

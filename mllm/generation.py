@@ -74,7 +74,7 @@ class GroundingModel:
                 rows = [i for i in order[:batch_size] if prompts[i][0] == prefix]
                 order = order[len(rows) :]
                 of_rows = [images[i] for i in rows]
-                more = self._region_features([questions[i] for i in rows], of_rows, [regions[i] for i in rows])
+                more = self.region_features([questions[i] for i in rows], of_rows, [regions[i] for i in rows])
                 texts = self._answer(prefix, [prompts[i][1] for i in rows], of_rows, max_new_tokens, more)
                 for i, text in zip(rows, texts, strict=True):
                     answers[i] = text
@@ -112,8 +112,8 @@ class GroundingModel:
         mark = ids.index(self.image_token_id)
         return tuple(ids[: mark + 1]), ids[mark + 1 :]
 
-    def _region_features(self, questions: list[str], images: list[Image.Image], regions: list[list]) -> dict[str, torch.Tensor]:
-        """What region tokens of these questions are made of, for `generate`; nothing where there are none."""
+    def region_features(self, questions: list[str], images: list[Image.Image], regions: list[list]) -> dict[str, torch.Tensor]:
+        """What the region tokens of these questions are made of, as an argument of the model; nothing where there are none."""
         if not self.region_token:
             return {}
         inner, vision = self.model.model, self.model.config.vision_config
@@ -139,7 +139,7 @@ class GroundingModel:
         max_new_tokens: int,
         regions: dict[str, torch.Tensor],
     ) -> list[str]:
-        """Greedy decoding of questions with one prefix, each about its picture; `regions` of `_region_features`."""
+        """Greedy decoding of questions with one prefix, each about its picture; `regions` of `region_features`."""
         widened = [*prefix[:-1], *[self.image_token_id] * self.model.config.image_seq_length]
         longest = len(widened) + max(map(len, questions)) + max_new_tokens
         if attends_to_all(self.model.config.text_config, longest):

@@ -24,6 +24,7 @@ from mllm.config import MllmConfig
 from mllm.data import pixel_collator
 from mllm.features import CachedTower, cache_features, feature_collator
 from mllm.generation import GroundingModel
+from mllm.likelihood import answer_likelihoods
 from mllm.model import build_mllm, part_of
 from mllm.region_features import cache_region_features, measure_region_features
 from mllm.region_tokens import RegionLlavaForConditionalGeneration
@@ -271,7 +272,7 @@ def test_answers_are_those_of_the_plain_forward_and_do_not_depend_on_the_batch(w
     for image, question, given in zip(images, questions, regions, strict=True):
         prefix, end = grounding._prompt_ids(image, question, given)
         ids = [i for token in [*prefix, *end] for i in ([token] * 16 if token == grounding.image_token_id else [token])]
-        more = grounding._region_features([question], [image], [given])
+        more = grounding.region_features([question], [image], [given])
         pixels, new = grounding.settings.image.pixels([image]), []
         with torch.no_grad():
             while len(new) < 8 and (not new or new[-1] not in grounding.end_ids):
@@ -279,6 +280,12 @@ def test_answers_are_those_of_the_plain_forward_and_do_not_depend_on_the_batch(w
                 new.append(int(logits[0, -1].argmax()))
         seen.append(grounding.tokenizer.decode(new, skip_special_tokens=True).strip())
     assert got == seen and len({*got, *other}) > 2
+    # How likely an answer is depends on the region, and not on the batch.
+    rows = [(images[i], questions[i], regions[i], "red square") for i in (0, 1, 3)]
+    together = answer_likelihoods(grounding, rows)
+    assert together == pytest.approx([answer_likelihoods(grounding, [row])[0] for row in rows], rel=1e-4)
+    other = answer_likelihoods(grounding, [(*rows[0][:2], [(20, 2, 39, 39)], "red square")])
+    assert other[0] != pytest.approx(together[0], rel=1e-3)
     with pytest.raises(DataError, match="holds the mark <region_feature>"):
         grounding.generate(images[:1], ["What is <region_feature>?"], progress=False)
 
