@@ -155,7 +155,7 @@ def _collator(config: MllmConfig, mllm: Mllm, dataset, val_dataset, output: Path
         )
         torch.manual_seed(config.seed)
         fit_projector(mllm.model.model.multi_modal_projector, sample, config.embedding_std)
-    if mllm.new_regions and len(dataset.regions):
+    if mllm.new_regions and len(dataset.regions) > 1:
         sample = regions["train"][:10_000] if config.cache_features else measure_region_features(mllm.model, dataset)
         torch.manual_seed(config.seed)
         std = mllm.model.get_input_embeddings().weight.std().item()
