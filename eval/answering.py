@@ -48,6 +48,7 @@ class MllmAnswerer:
             "dtype": str(dtype).removeprefix("torch."),
             "image_size": settings.image.size,
             "feature_layer": settings.feature_layer,
+            "region_tokens": settings.regions,
         }
 
     def ground(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
@@ -64,10 +65,10 @@ class MllmAnswerer:
         return predictions
 
     def name(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
-        """Asks what stands in each target's box."""
+        """Asks what stands in each target's box, or in the region that points at it instead."""
         prompt = REFERRING_QUESTION.format("<region:0>")
-        boxes = [[target.box] for target in targets]
-        answers = self.model.generate(images, [prompt] * len(targets), boxes, batch_size, progress=False)
+        regions = [[target.region or target.box] for target in targets]
+        answers = self.model.generate(images, [prompt] * len(targets), regions, batch_size, progress=False)
         return [Prediction(t.id, t.image, prompt, raw) for t, raw in zip(targets, answers, strict=True)]
 
     def asks(self, question: Callable[[Target], tuple[str, list]], max_new_tokens: int = 32):

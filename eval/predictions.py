@@ -38,6 +38,7 @@ class Target:
     box: xyxy, pixels of the original image; category: the object's name; kind: sort of expression, where the data say
     boxes: all boxes of the object, where any of them or the one around them is right; empty where `box` is the only one
     answers: words that are right; choices: words to choose among, in the order asked
+    region: what points at the object in the question, a record's object with `point` or `mask`; None where the box does
     """
 
     id: str
@@ -51,6 +52,7 @@ class Target:
     boxes: tuple[Box, ...] = ()
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    region: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,12 @@ OPTIONAL = {
     cls: {field.name for field in fields(cls) if field.default is not MISSING and field.default == ()}
     for cls in (Target, Prediction)
 }
+OPTIONAL[Target].add("region")
 
 
 def as_line(row: Target | Prediction) -> str:
     """One JSON object; numbers that are not finite raise ValueError."""
-    values = {key: value for key, value in asdict(row).items() if value != () or key not in OPTIONAL[type(row)]}
+    values = {key: value for key, value in asdict(row).items() if value not in ((), None) or key not in OPTIONAL[type(row)]}
     return json.dumps(values, allow_nan=False)
 
 

@@ -37,12 +37,15 @@ def read_files(args: argparse.Namespace) -> RefcocoFiles:
     return read_mirror(data, image_folder(args), args.dataset, args.split_by)
 
 
-def read_parts(args: argparse.Namespace, suffix: str, task: str) -> list[Part]:
-    """The splits asked for. suffix: of the benchmark's name; task: `grounding` asks by expression, `naming` by box."""
+def read_parts(args: argparse.Namespace, suffix: str, task: str, region: str = "box") -> list[Part]:
+    """The splits asked for.
+
+    suffix: of the benchmark's name; task: `grounding` asks by expression, `naming` by `region`, see `RefcocoFiles.objects`
+    """
     files = read_files(args)
     parts = []
     for split in args.split or files.test_splits():
-        targets = files.expressions(split) if task == "grounding" else files.objects(split)
+        targets = files.expressions(split) if task == "grounding" else files.objects(split, region)
         if task == "naming" and not all(target.category for target in targets):
             raise DataError(
                 f"{args.data}: this form of {files.name} has no names of objects; use its refs(...).p and instances.json"

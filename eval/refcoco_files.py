@@ -12,6 +12,7 @@ from encoder.data.plain_pickle import read_plain_pickle
 from encoder.data.sources.refcoco import refs_file
 from encoder.errors import DataError
 from eval.coco_files import Instances, read_instances
+from eval.pointing import region_of
 from eval.predictions import Target
 
 # Folder name, who split it -> split -> (objects referred to, expressions).
@@ -33,6 +34,7 @@ class Referral:
 
     box: xyxy, pixels of the original image; image: file, relative to the folder of images
     sentences: (sent_id, expression, kind) per expression; kind is empty in the published files
+    outline: polygons or a run-length encoding, as in the file; None or empty where it has none
     """
 
     ref_id: int
@@ -43,6 +45,7 @@ class Referral:
     box: tuple[float, float, float, float]
     category: str
     sentences: tuple[tuple[int, str, str], ...]
+    outline: list | dict | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,9 @@ class RefcocoFiles:
                 box,
                 instances.categories[row["category_id"]],
                 row["sentences"],
+                annotation.outline,
             )
-            for row, box in zip(rows, instances.boxes(annotations), strict=True)
+            for row, annotation, box in zip(rows, annotations, instances.boxes(annotations), strict=True)
         )
         return cls(folder.resolve().name, path.stem.removeprefix("refs(").removesuffix(")"), referrals)
 
@@ -108,9 +112,18 @@ class RefcocoFiles:
             for sent_id, text, kind in r.sentences
         ]
 
-    def objects(self, split: str) -> list[Target]:
-        """One target per referred object, id = ref_id, without text."""
-        return [Target(str(r.ref_id), r.image, r.width, r.height, "", r.box, r.category) for r in self.of_split(split)]
+    def objects(self, split: str, region: str = "box") -> list[Target]:
+        """One target per referred object, id = ref_id, without text.
+
+        region: how it is pointed at: by its `box`, by a `point` of it, or by its `mask`, see `eval.pointing`
+        """
+        return [
+            Target(
+                str(r.ref_id), r.image, r.width, r.height, "", r.box, r.category,
+                region=region_of(region, r.outline, r.box, r.width, r.height, f"{self.name}: ref_id {r.ref_id}"),
+            )
+            for r in self.of_split(split)
+        ]  # fmt: skip
 
     def completeness(self, split: str) -> str:
         """How a split stands to the published set: `published`, `own data`, or `PARTIAL: ...`."""

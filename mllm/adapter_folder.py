@@ -22,7 +22,10 @@ from mllm.tokenizer import save_tokenizer
 ADAPTER, TRAINED = "adapter_model.safetensors", "trained.safetensors"
 PEFT_PREFIX = "base_model.model."
 # What the base is rebuilt from; of a base folder the first alone.
-BASE_FIELDS = ("model", "tower", "llm", "feature_layer", "geometry", "codec", "template", "seed")
+PATHS = ("model", "tower", "llm", "prompter")
+BASE_FIELDS = (
+    *PATHS, "feature_layer", "geometry", "codec", "template", "projector_type", "region_tokens", "seed"
+)  # fmt: skip
 
 
 def save_adapter(
@@ -53,7 +56,7 @@ def save_adapter(
     save_file({name: state[name].to(dtype).contiguous() for name in sorted(whole)}, folder / TRAINED)
     save_tokenizer(tokenizer, folder, sentencepiece_model)
     settings.base = {name: getattr(config, name) for name in BASE_FIELDS[: 1 if config.model else None]}
-    for name in ("model", "tower", "llm"):
+    for name in PATHS:
         if settings.base.get(name):
             settings.base[name] = str(Path(settings.base[name]).resolve())
     settings.tower_hash = _tower_hash(state, dtype, _scaling(lora))
@@ -101,6 +104,17 @@ def load_adapter(
         model = remove_lora(model, _scaling(lora))
     check_tower(folder, _tower_hash(model.state_dict(), saved, _scaling(lora)), settings)
     return model.eval(), tokenizer, settings
+
+
+def merge_adapter(folder: str | Path) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, MllmSettings]:
+    """A stock Llava of an adapter folder, float32: LoRA is added to the whole base, also where it learned on low bits."""
+    settings = MllmSettings.read(folder)
+    if not settings.base:
+        raise DataError(f"{folder} is no adapter folder: {SETTINGS_FILE} names no base; it is a whole MLLM already")
+    settings.llm_bits = None
+    model, tokenizer, settings = load_adapter(folder, settings, torch.float32, "sdpa")
+    settings.base = {}
+    return model, tokenizer, settings
 
 
 def _base(settings: MllmSettings, dtype: torch.dtype, attention: str) -> LlavaForConditionalGeneration:

@@ -1,7 +1,8 @@
 """An MLLM on disk: a stock `llava` folder, and `grounding.json` beside it with what stock code does not know.
 
-Weights, configuration, tokenizer and image settings load in transformers without this package. `grounding.json` says how
-boxes are written and how a picture became the model's square, which an evaluation has to repeat exactly.
+Weights, configuration, tokenizer and image settings load in transformers without this package; with region tokens the folder
+is of a class of ours, `llava_regions`. `grounding.json` says how boxes are written and how a picture became the model's
+square, which an evaluation has to repeat exactly.
 """
 
 import json
@@ -19,10 +20,11 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTraine
 from encoder.errors import DataError
 from encoder.pretrained import weights_hash
 from mllm.image_input import ImageInput
+from mllm.region_tokens import RegionLlavaForConditionalGeneration
+from mllm.regions import COORDS, REGION_TOKENS
 from mllm.tokenizer import save_tokenizer
 
 SETTINGS_FILE = "grounding.json"
-REGIONS = "coords"
 
 
 @dataclass
@@ -32,7 +34,8 @@ class MllmSettings:
     codec: how boxes are written; image: geometry, size and normalisation; feature_layer: the tower's projected layer(s)
     template: name of the chat template (`own`: the language model's)
     tower_path: the folder the tower came from; tower_hash: sha256 of its weights as saved here
-    dtype: number format of the saved weights; trained: parts that learned, run by run; regions: how a region enters
+    dtype: number format of the saved weights; trained: parts that learned, run by run; regions: how a region enters, see
+        `mllm.region_tokens`
     base: of an adapter folder, the recipe's fields that name what it was trained on; llm_bits: the language model's, there
     versions: of the libraries that wrote it
     """
@@ -45,7 +48,7 @@ class MllmSettings:
     tower_hash: str = ""
     dtype: str = "float32"
     trained: list[list[str]] = field(default_factory=list)
-    regions: str = REGIONS
+    regions: str = COORDS
     base: dict = field(default_factory=dict)
     llm_bits: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -67,8 +70,9 @@ class MllmSettings:
             settings = cls(**{**values, "image": ImageInput.from_dict(values["image"])})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not the settings of an MLLM ({error}); train the folder again") from error
-        if settings.regions != REGIONS:
-            raise DataError(f"{path}: regions is '{settings.regions}', this version reads '{REGIONS}'; use a newer version")
+        if settings.regions not in REGION_TOKENS:
+            known = ", ".join(REGION_TOKENS)
+            raise DataError(f"{path}: regions is '{settings.regions}', this version reads {known}; use a newer version")
         return settings
 
 
@@ -88,7 +92,8 @@ def load_mllm(
     # Loaded in the saved format first: the hash is of those bytes.
     arguments = {"dtype": saved_dtype, "attn_implementation": attention, "ignore_mismatched_sizes": True}
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **arguments)
+        cls = LlavaForConditionalGeneration if settings.regions == COORDS else RegionLlavaForConditionalGeneration
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:  # no weights, or not whole
         reason = " ".join(str(error).split())
@@ -132,7 +137,10 @@ def save_mllm(
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
-    save_torch_state_dict({_classic_name(name): value for name, value in state.items()}, folder)
+    if settings.regions == COORDS:
+        save_torch_state_dict({_classic_name(name): value for name, value in state.items()}, folder)
+    else:
+        save_torch_state_dict(state, folder)
     _write_config(folder, model, dtype)
     save_tokenizer(tokenizer, folder, sentencepiece_model)
     _write_image_settings(folder, model, settings.image)

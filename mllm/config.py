@@ -9,12 +9,14 @@ from encoder.errors import DataError
 from encoder.geometry import MODES
 from mllm.box_text import CODECS, DEFAULT_CODEC, BoxCodec
 from mllm.mixture import expand, sources_of
+from mllm.regions import COORDS, REGION_TOKENS
 from mllm.templates import TEMPLATES
 
 PARTS = ("projector", "llm", "tower", "llm_lora", "tower_lora")
 PRESETS = ("nano",)
 PRECISIONS = ("bf16", "fp32")
 DTYPES = ("bfloat16", "float32")
+PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's name: the activation between Llava's two layers
 DEFAULT_FEATURE_LAYER = -2
 # Fields that may change between a run and its continuation.
 FREE_FIELDS = {"output", "log_every", "save_every", "keep_checkpoints", "workers", "cache_folder", "resume", "report_to"}
@@ -33,6 +35,8 @@ class MllmConfig:
     llm: folder of any causal language model with its tokenizer
     llm_preset: a language model from scratch instead of `llm`: nano (Llama of llm_width x llm_layers)
     projector: an MLLM folder whose projector is the start, with `tower` and `llm`
+    projector_type: mlp2x_gelu (LLaVA-1.5) or linear (LLaVA, Ferret: Llava's second layer is then the identity and stays it);
+        none takes the MLLM folder's, or mlp2x_gelu
     train: parts that learn: projector, llm, tower; llm_lora and tower_lora: LoRA layers in that part, itself frozen
     learning_rate: peak rate of the language model or its LoRA, and of each part without a rate of its own
     projector_learning_rate: peak rate of the projector
@@ -59,6 +63,10 @@ class MllmConfig:
     geometry: how a picture becomes the square input, pad or squash; none takes the tower's
     codec: how boxes are written: int1000, float2, float3 or loc_tokens (docs/training.md); none takes the MLLM folder's,
         or int1000
+    region_tokens: how a region in a question enters beside its coordinates: coords (not at all: a stock Llava), prompter
+        (CLOC's region embedding as one more token) or pooling (the mean of the tower's patches under it, for any tower); none
+        takes the MLLM folder's, or coords
+    prompter: CLOC folder whose Prompter reads the regions; none: the tower's own folder
     template: auto (the tokenizer's own, or ours of the same text with marks), or a name of mllm/templates.py
     max_length: longest row in tokens, picture included; longer conversations are cut, and counted
     share_pictures: conversations about one picture share a row, up to max_length; each sees the picture and itself alone.
@@ -102,6 +110,7 @@ class MllmConfig:
     llm: str | None = None
     llm_preset: str | None = None
     projector: str | None = None
+    projector_type: str | None = None
     train: list[str] = field(default_factory=lambda: ["projector", "llm"])
     learning_rate: float = 1e-3
     projector_learning_rate: float | None = None
@@ -124,6 +133,8 @@ class MllmConfig:
     feature_layer: int | list[int] | None = None
     geometry: str | None = None
     codec: str | None = None
+    region_tokens: str | None = None
+    prompter: str | None = None
     template: str = "auto"
     max_length: int = 2048
     share_pictures: bool = False
@@ -162,8 +173,9 @@ class MllmConfig:
             setattr(self, name, expand(getattr(self, name)))  # what a YAML file says belongs to the run's identity
             sources_of(getattr(self, name))
         self._check_words()
-        if self.codec is None and not self.model:
-            self.codec = DEFAULT_CODEC
+        if not self.model:
+            self.codec = self.codec or DEFAULT_CODEC
+            self.projector_type = self.projector_type or "mlp2x_gelu"
         self._check_parts()
         self._check_numbers()
 
@@ -172,7 +184,9 @@ class MllmConfig:
             "llm_preset": PRESETS,
             "geometry": MODES,
             "codec": CODECS,
+            "region_tokens": REGION_TOKENS,
             "template": ("auto", *TEMPLATES),
+            "projector_type": tuple(PROJECTORS),
             "schedule": ("cosine", "linear", "constant"),
             "precision": PRECISIONS,
             "attention": ("sdpa", "eager"),
@@ -208,6 +222,12 @@ class MllmConfig:
                 f"codec {self.codec} gives the language model new tokens, but train lacks llm, so none would be learned; "
                 "add it, or take another codec"
             )
+        if self.prompter and self.region_tokens != "prompter":
+            raise DataError(
+                "prompter is given, but region_tokens is not prompter, so nothing would read it; set that, or drop it"
+            )
+        if self.new_regions and not self.model and "projector" not in self.train:
+            raise DataError(f"region_tokens {self.region_tokens} has a projector that must be learned; add projector to train")
         if self.cache_features and (learns := self.trains & {"tower", "tower_lora"}):
             raise DataError(
                 f"cache_features keeps a frozen tower's features, but train names {learns.pop()}; drop one of the two"
@@ -265,6 +285,11 @@ class MllmConfig:
         return "pack" if self.pack else "share_pictures" if self.share_pictures else None
 
     @property
+    def new_regions(self) -> bool:
+        """Whether region tokens are asked for."""
+        return self.region_tokens not in (None, COORDS)
+
+    @property
     def trains(self) -> set[str]:
         return set(self.train)
 
@@ -299,7 +324,9 @@ def check_identity(output: Path, config: MllmConfig) -> None:
     saved = json.loads(path.read_text())
     for name, value in config.identity().items():
         before = saved.get(name, getattr(MllmConfig, name, value))  # a field that came later had its default
-        if before != value and (name, value) != ("codec", None):  # the MLLM folder's, which is the same one
+        if value is None and name in ("codec", "projector_type"):  # the MLLM folder's, which is the same one
+            continue
+        if before != value and (name, before, value) != ("projector_type", None, "mlp2x_gelu"):  # the field came later
             raise DataError(
                 f"{path}: the checkpoints here were made with {name} = {before}, this run has {value}; "
                 f"choose another output, or pass --resume never to start over"

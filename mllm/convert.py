@@ -19,7 +19,8 @@ from encoder.processor import ClocProcessor
 from mllm import llava_layout as layout
 from mllm.checkpoint import MllmSettings, load_mllm
 from mllm.image_input import ImageInput
-from mllm.model import Mllm, fill_projector, join
+from mllm.model import Mllm, join
+from mllm.projector import fill_projector
 from mllm.templates import choose_template
 from mllm.tokenizer import add_image_token, save_tokenizer
 

@@ -17,10 +17,13 @@ from encoder.costs import Cost, measure_cost
 from encoder.errors import DataError
 from encoder.pretrained import folder_kind, load_vision_tower
 from mllm.box_text import BoxCodec
-from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig
+from mllm.checkpoint import MllmSettings
+from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig
 from mllm.features import tower_features
+from mllm.lora import add_lora, lora_config
 from mllm.model import freeze, join, llava_config, nano_llm_config
-from mllm.tokenizer import add_codec_tokens, add_image_token
+from mllm.region_tokens import RegionLlavaConfig, RegionLlavaForConditionalGeneration, add_region_tokens
+from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token
 
 
 def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
@@ -31,9 +34,20 @@ def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
     with torch.device("meta"):
         if config.model:
             _read_json(Path(config.model) / "config.json")
-            model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(config.model))
+            saved = AutoConfig.from_pretrained(config.model)
+            regions = isinstance(saved, RegionLlavaConfig)
+            model = (RegionLlavaForConditionalGeneration if regions else LlavaForConditionalGeneration)(saved)
+            if config.new_regions and not regions:
+                tokens = model.get_input_embeddings().num_embeddings
+                model.resize_token_embeddings(tokens + 1, pad_to_multiple_of=64, mean_resizing=False)
+                source = config.prompter or MllmSettings.read(config.model).tower_path
+                model = add_region_tokens(model, tokens, config.region_tokens, source)
         else:
             model = _joined(config)
+            if config.new_regions:
+                model = add_region_tokens(model, 0, config.region_tokens, config.prompter or config.tower)
+        if config.uses_lora:
+            add_lora(model, lora_config(model, config))
         freeze(model, config.trains, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
 
@@ -48,20 +62,22 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
     codec = BoxCodec(config.codec)
     if config.llm_preset:
-        sizes = nano_llm_config(config, config.vocab_size + len(codec.tokens))
-        return LlavaForConditionalGeneration(llava_config(tower, sizes, layer))
+        sizes = nano_llm_config(config, config.vocab_size + len(codec.tokens) + config.new_regions)
+        return LlavaForConditionalGeneration(llava_config(tower, sizes, layer, PROJECTORS[config.projector_type]))
     _read_json(Path(config.llm) / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     add_image_token(tokenizer)
     add_codec_tokens(tokenizer, codec)
+    if config.new_regions:
+        add_region_token(tokenizer)
     llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), attn_implementation=config.attention)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    return join(tower, llm, tokenizer, layer)
+    return join(tower, llm, tokenizer, layer, PROJECTORS[config.projector_type])
 
 
 def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:
-    """Per row of `max_length` tokens with one picture. `model` of `meta_mllm`."""
+    """Per row of `max_length` tokens with one picture and, with region tokens, one region. `model` of `meta_mllm`."""
     inner, sizes = model.model, model.config
     side, layer = sizes.vision_config.image_size, sizes.vision_feature_layer
 
@@ -73,15 +89,30 @@ def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:
             pixels = torch.zeros(1, 3, side, side, dtype=model.dtype)
             features = tower_features(inner.vision_tower, layer, pixels)[:, -sizes.image_seq_length :]
         tokens = inner.multi_modal_projector(features)
+        regions = _region_token(model, config) if isinstance(sizes, RegionLlavaConfig) else tokens[:, :0]
         if config.max_length <= tokens.shape[1]:
             raise DataError(f"max_length {config.max_length} leaves no room beside {tokens.shape[1]} image tokens; raise it")
-        words = torch.zeros(1, config.max_length - tokens.shape[1], tokens.shape[2], dtype=tokens.dtype)
-        hidden = inner.language_model(inputs_embeds=torch.cat([tokens, words], dim=1), use_cache=False).last_hidden_state
+        rest = config.max_length - tokens.shape[1] - regions.shape[1]
+        words = torch.zeros(1, rest, tokens.shape[2], dtype=tokens.dtype)
+        hidden = inner.language_model(inputs_embeds=torch.cat([tokens, regions, words], dim=1), use_cache=False).last_hidden_state
         logits = model.lm_head(hidden).float()
         return torch.nn.functional.cross_entropy(logits[0], torch.zeros(config.max_length, dtype=torch.long))
 
     with torch.device("meta"):
         return measure_cost(model, loss_of)
+
+
+def _region_token(model: RegionLlavaForConditionalGeneration, config: MllmConfig) -> Tensor:
+    """(1, 1, H) of one region; with cached features by the projector alone."""
+    region_tokens, vision = model.model.region_tokens, model.config.vision_config
+    if config.cache_features:
+        features = torch.zeros(1, region_tokens.projector.linear_1.in_features, dtype=model.dtype)
+    else:
+        num_patches = model.config.image_seq_length
+        tokens = torch.zeros(1, num_patches + model.config.num_class_tokens, vision.hidden_size, dtype=model.dtype)
+        index = torch.zeros(1, dtype=torch.long)
+        features = region_tokens.features(tokens, index, torch.zeros(1, 4), torch.zeros(1, num_patches))
+    return region_tokens(features)[None]
 
 
 def zero_stage(config: MllmConfig, processes: int) -> int | None:

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from encoder.errors import DataError
 from encoder.geometry import Geometry
 from mllm.box_text import BoxCodec
-from mllm.conversation import IGNORE, IMAGE, messages_of, tokenize
+from mllm.conversation import IGNORE, IMAGE, messages_of, regions_named, tokenize
 from mllm.image_input import ImageInput, no_picture, read_picture
 from mllm.mixture import read_mixture, sources_of
 from mllm.packing import NO_TOKEN, TokenRow, attention_of, own_row, pack_rows, share_pictures
 from mllm.records import pictures_of, sizes_of
+from mllm.regions import COORDS, REGION_TOKEN, RegionTable, as_region
 
 CHUNK = 1000
 PER_TOKEN = ("ids", "supervised", "segments", "roots")  # of a TokenRow
@@ -31,6 +33,7 @@ class ConversationDataset(Dataset):
     image_files: distinct pictures in order of first use, image_folders: where each lies
     lengths: (n,) tokens of each row with those of its pictures
     num_records: conversations in all rows; num_cut: distinct ones that were cut at `max_length`
+    regions: those that region tokens stand for, None where there are no region tokens
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class ConversationDataset(Dataset):
         packed: bool = False,
         seed: int = 0,
         progress: bool = True,
+        region_tokens: str = COORDS,
     ):
         self.image, self.num_image_tokens = image, num_image_tokens
         records, order, self.sources = read_mixture(sources_of(data, images), seed, progress)
+        self.regions = None if region_tokens == COORDS else RegionTable(region_tokens, round(num_image_tokens**0.5))
         used: dict[tuple[Path, str], int] = {}
         for record in records:
             for name in pictures_of(record):
@@ -57,24 +62,44 @@ class ConversationDataset(Dataset):
         rows, self.num_cut = self._tokenise(records, used, tokenizer, codec, max_length, progress)
         rows, self.num_records = [rows[index] for index in order], len(order)
         if shared_pictures:
-            rows = share_pictures(rows, tokenizer.convert_tokens_to_ids(IMAGE), num_image_tokens, max_length)
+            marks = [tokenizer.convert_tokens_to_ids(token) for token in (IMAGE, REGION_TOKEN)]
+            rows = share_pictures(rows, marks[0], num_image_tokens, max_length, None if self.regions is None else marks[1])
         if packed:
             rows = pack_rows(rows, num_image_tokens, max_length)
         self._keep(rows)
 
     def _tokenise(self, records, used, tokenizer, codec: BoxCodec, max_length: int, progress: bool) -> tuple[list[TokenRow], int]:
         rows, num_cut, mark = [], 0, tokenizer.convert_tokens_to_ids(IMAGE)
+        token = "" if self.regions is None else REGION_TOKEN
         for start in tqdm(range(0, len(records), CHUNK), desc="tokenise", unit="k", disable=not progress):
             chunk = records[start : start + CHUNK]
-            messages = [messages_of(record, self._geometries(record), codec) for record in chunk]
+            messages = [messages_of(record, self._geometries(record), codec, token) for record in chunk]
             names = [pictures_of(record) for record in chunk]
             counts = [len(pictures) for pictures in names]
             tokens = tokenize(tokenizer, messages, [r["_where"] for r in chunk], counts, self.num_image_tokens, max_length)
             for record, pictures, (ids, supervised, cut) in zip(chunk, names, tokens, strict=True):
                 left = int((ids == mark).sum())  # pictures that were not cut off
-                rows.append(own_row(ids, supervised, tuple(used[record["_folder"], name] for name in pictures[:left])))
+                images = tuple(used[record["_folder"], name] for name in pictures[:left])
+                num_regions = int((ids == tokenizer.convert_tokens_to_ids(token)).sum()) if token else 0
+                rows.append(own_row(ids, supervised, images, self._add_regions(record, images, num_regions)))
                 num_cut += cut
         return rows, num_cut
+
+    def _add_regions(self, record: dict, images: tuple[int, ...], count: int) -> range:
+        """Puts the first `count` regions that a record's questions name into the table; returns their indices there."""
+        named = [index for turn in record["conversations"] if turn["from"] == "human" for index in regions_named(turn["value"])]
+        if count > len(named):
+            raise DataError(f"{record['_where']}: a turn holds {REGION_TOKEN}, which <region:i> puts in by itself; leave it out")
+        geometries = self._geometries(record) if count else []
+        for index in named[:count]:
+            value = record["regions"][index]
+            number = value.get("image_index", 0)
+            if number >= len(images):
+                raise DataError(
+                    f"{record['_where']}: regions[{index}] is of a picture that max_length cuts off behind it; raise max_length"
+                )
+            self.regions.add(as_region(value, record["_where"], geometries[number]), geometries[number], images[number])
+        return range(len(self.regions) - count, len(self.regions)) if count else range(0)
 
     def _geometries(self, record: dict) -> list[Geometry]:
         return [self.image.geometry(*size) for size in sizes_of(record)]
@@ -85,6 +110,8 @@ class ConversationDataset(Dataset):
         self._tokens = [np.concatenate([getattr(row, key) for row in rows]) for key in PER_TOKEN]
         self._image_starts = np.cumsum([0] + [len(row.images) for row in rows])
         self._images = np.asarray([index for row in rows for index in row.images], np.int32)
+        self._region_starts = np.cumsum([0] + [len(row.regions) for row in rows])
+        self._regions = np.concatenate([row.regions for row in rows])
         self.lengths = np.asarray([row.length(self.num_image_tokens) for row in rows])
 
     def __len__(self) -> int:
@@ -94,7 +121,8 @@ class ConversationDataset(Dataset):
         """The row, each of its pictures still one mark."""
         part = slice(self._starts[index], self._starts[index + 1])
         images = self._images[self._image_starts[index] : self._image_starts[index + 1]]
-        return TokenRow(*(values[part] for values in self._tokens), tuple(images.tolist()))
+        regions = self._regions[self._region_starts[index] : self._region_starts[index + 1]]
+        return TokenRow(*(values[part] for values in self._tokens), tuple(images.tolist()), regions)
 
     def pixels(self, index: int) -> Tensor:
         """(3, size, size) float32: the picture of that index in `image_files`."""
@@ -111,17 +139,30 @@ class Collator:
     loss, and every rank then runs tower and projector in every step, so that no collective waits for a missing one.
     pictures: index into `image_files` -> the tensor that `pixel_values` stacks: pixels, or features kept on disk
     blank: the tensor of a blank picture
+    regions: what region tokens stand for; region_features: their features (R, F), where they are kept on disk
     """
 
-    def __init__(self, pictures, blank: Tensor, image_token_id: int, pad_token_id: int, num_image_tokens: int):
+    def __init__(
+        self,
+        pictures,
+        blank: Tensor,
+        image_token_id: int,
+        pad_token_id: int,
+        num_image_tokens: int,
+        regions: RegionTable | None = None,
+        region_features: Tensor | None = None,
+    ):
         self.pictures, self.blank = pictures, blank
         self.image_token_id, self.pad_token_id, self.num_image_tokens = image_token_id, pad_token_id, num_image_tokens
+        self.regions, self.region_features = regions, region_features
 
     def __call__(self, rows: list[TokenRow]) -> dict[str, Tensor]:
         """-> input_ids, labels: (B, L) int64; pixel_values: (I, ...); attention_mask: (B, L) int64.
 
         Where a row holds several records: attention_mask (B, 1, L, L) bool, and position_ids (B, L) int64.
+        With region tokens also what `mllm.region_tokens.RegionLlavaModel.forward` takes for them.
         """
+        regions = {} if self.regions is None else self._regions_of(rows)
         pictures = [self.pictures(index) for row in rows for index in row.images]
         if not pictures:
             mark = np.array([self.image_token_id], np.int32)
@@ -140,14 +181,23 @@ class Collator:
             batch["attention_mask"], batch["position_ids"] = attention_of(segments, roots)
         else:
             batch["attention_mask"] = (segments != NO_TOKEN).astype(np.int64)
-        return {key: torch.from_numpy(value) for key, value in batch.items()} | {"pixel_values": torch.stack(pictures)}
+        batch = {key: torch.from_numpy(value) for key, value in batch.items()}
+        return batch | {"pixel_values": torch.stack(pictures)} | regions
+
+    def _regions_of(self, rows: list[TokenRow]) -> dict[str, Tensor]:
+        indices = np.concatenate([row.regions for row in rows])
+        if self.region_features is not None:
+            return {"region_features": self.region_features[indices]}
+        place = {image: number for number, image in enumerate(index for row in rows for index in row.images)}
+        index = torch.tensor([place[image] for image in self.regions.images[indices].tolist()], dtype=torch.long)
+        return {"region_image_index": index, **self.regions.inputs(indices)}
 
     def _widen(self, row: TokenRow) -> TokenRow:
         times = np.where(row.ids == self.image_token_id, self.num_image_tokens, 1)
-        return TokenRow(*(np.repeat(getattr(row, key), times) for key in PER_TOKEN), row.images)
+        return TokenRow(*(np.repeat(getattr(row, key), times) for key in PER_TOKEN), row.images, row.regions)
 
 
 def pixel_collator(dataset: ConversationDataset, image_token_id: int, pad_token_id: int) -> Collator:
     """The collator that reads pictures from disk."""
     blank = no_picture(dataset.image)[0]
-    return Collator(dataset.pixels, blank, image_token_id, pad_token_id, dataset.num_image_tokens)
+    return Collator(dataset.pixels, blank, image_token_id, pad_token_id, dataset.num_image_tokens, dataset.regions)

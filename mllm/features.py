@@ -58,21 +58,21 @@ def cache_features(
     With several processes each computes its share. The tower runs in float32.
     """
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
-    folder = Path(folder) / _key(tower, layer, dataset)
+    folder = Path(folder) / cache_key(tower, layer, dataset)
     num_tokens = dataset.num_image_tokens + (model.config.vision_feature_select_strategy == "default")
     shape = (len(dataset.image_files), num_tokens, tower.config.hidden_size * len(layers_of(layer)))
     path, done = folder / "features.float16", folder / "features.json"
     if not done.is_file():
-        _create(path, shape)
+        create_file(path, 2 * int(np.prod(shape)))
         _fill(tower, layer, dataset, np.memmap(path, np.float16, "r+", shape=shape), batch_size, progress)
-        _wait()
+        wait_for_all()
         if rank() == 0:
             done.write_text(json.dumps({"shape": shape, "layer": layer, "image": dataset.image.as_dict()}, indent=2))
-        _wait()
+        wait_for_all()
     return torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
 
 
-def _key(tower: nn.Module, layer: int | list[int], dataset: ConversationDataset) -> str:
+def cache_key(tower: nn.Module, layer: int | list[int], dataset: ConversationDataset) -> str:
     """Name of the cache: all that the features depend on; a picture counts by path, size and time of change."""
     digest = hashlib.sha256(f"{weights_hash(tower)} {layer} {dataset.image}".encode())
     for index, name in enumerate(dataset.image_files):
@@ -81,15 +81,17 @@ def _key(tower: nn.Module, layer: int | list[int], dataset: ConversationDataset)
     return digest.hexdigest()[:16]
 
 
-def _create(path: Path, shape: tuple[int, ...]) -> None:
+def create_file(path: Path, size: int) -> None:
+    """A file of `size` bytes, made by the first process; the others wait for it."""
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            file.truncate(2 * int(np.prod(shape)))
-    _wait()
+            file.truncate(size)
+    wait_for_all()
 
 
-def _wait() -> None:
+def wait_for_all() -> None:
+    """Until every process is here."""
     if world_size() > 1:
         torch.distributed.barrier()
 
@@ -126,7 +128,13 @@ def measure_features(model: LlavaForConditionalGeneration, dataset: Conversation
     return hidden[:, -dataset.num_image_tokens :].flatten(0, 1).float().clone()
 
 
-def feature_collator(dataset: ConversationDataset, features: Tensor, image_token_id: int, pad_token_id: int) -> Collator:
-    """The collator that takes features from the cache."""
-    blank = torch.zeros_like(features[0])
-    return Collator(features.__getitem__, blank, image_token_id, pad_token_id, dataset.num_image_tokens)
+def feature_collator(
+    dataset: ConversationDataset,
+    features: Tensor,
+    image_token_id: int,
+    pad_token_id: int,
+    region_features: Tensor | None = None,
+) -> Collator:
+    """The collator that takes features from the cache; `region_features` of `mllm.region_features`, with region tokens."""
+    blank, tokens = torch.zeros_like(features[0]), dataset.num_image_tokens
+    return Collator(features.__getitem__, blank, image_token_id, pad_token_id, tokens, dataset.regions, region_features)

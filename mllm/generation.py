@@ -7,6 +7,7 @@ I pictures, P tokens of the prefix, L of the longest question.)
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -14,8 +15,9 @@ from tqdm import tqdm
 from encoder.errors import DataError
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import load_mllm
-from mllm.conversation import IMAGE, question_with_boxes
+from mllm.conversation import IMAGE, number_regions, question_with_boxes, regions_named
 from mllm.packing import attends_to_all
+from mllm.regions import COORDS, REGION_TOKEN, RegionTable, as_region
 from mllm.templates import end_token_ids
 
 Box = tuple[float, float, float, float]
@@ -33,6 +35,7 @@ class GroundingModel:
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.codec = BoxCodec(settings.codec)
         self.image_token_id = model.config.image_token_id
+        self.region_token = "" if settings.regions == COORDS else REGION_TOKEN
         self.end_ids = end_token_ids(tokenizer)
 
     @classmethod
@@ -54,8 +57,8 @@ class GroundingModel:
         """One answer per (image, question), greedy, in the order asked.
 
         images: one picture per question; the same object given for several questions of a batch is run once
-        questions: without the picture's mark; `<region>` (in order) or `<region:i>` names a box of `regions`
-        regions: per question its boxes, xyxy in pixels of the original image
+        questions: without the picture's mark; `<region>` (in order) or `<region:i>` names one of `regions`
+        regions: per question its boxes, xyxy in pixels of the original image, or a record's objects with box, point or mask
         """
         regions = regions if regions is not None else [[] for _ in questions]
         prompts = [
@@ -70,7 +73,9 @@ class GroundingModel:
                 prefix = prompts[order[0]][0]
                 rows = [i for i in order[:batch_size] if prompts[i][0] == prefix]
                 order = order[len(rows) :]
-                texts = self._answer(prefix, [prompts[i][1] for i in rows], [images[i] for i in rows], max_new_tokens)
+                of_rows = [images[i] for i in rows]
+                more = self.region_features([questions[i] for i in rows], of_rows, [regions[i] for i in rows])
+                texts = self._answer(prefix, [prompts[i][1] for i in rows], of_rows, max_new_tokens, more)
                 for i, text in zip(rows, texts, strict=True):
                     answers[i] = text
                 bar.update(len(rows))
@@ -96,20 +101,45 @@ class GroundingModel:
 
     def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> tuple[tuple[int, ...], list[int]]:
         """Tokens up to the picture's one mark, and those after it."""
-        if IMAGE in question:
-            raise DataError(f"question '{question}' holds the mark {IMAGE}, which is put in by itself; leave it out")
+        for mark in (IMAGE, REGION_TOKEN):
+            if mark in question:
+                raise DataError(f"question '{question}' holds the mark {mark}, which is put in by itself; leave it out")
         geometry = self.settings.image.geometry(*image.size)
-        content = IMAGE + "\n" + question_with_boxes(question, boxes, geometry, self.codec)
+        content = IMAGE + "\n" + question_with_boxes(question, boxes, geometry, self.codec, self.region_token)
         ids = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
         mark = ids.index(self.image_token_id)
         return tuple(ids[: mark + 1]), ids[mark + 1 :]
 
+    def region_features(self, questions: list[str], images: list[Image.Image], regions: list[list]) -> dict[str, torch.Tensor]:
+        """What the region tokens of these questions are made of, as an argument of the model; nothing where there are none."""
+        if not self.region_token:
+            return {}
+        inner, vision = self.model.model, self.model.config.vision_config
+        table, pictures = RegionTable(self.settings.regions, vision.image_size // vision.patch_size), {}
+        for question, image, given in zip(questions, images, regions, strict=True):
+            geometry = self.settings.image.geometry(*image.size)
+            for index in regions_named(number_regions(question, len(given))):
+                number = pictures.setdefault(id(image), (len(pictures), image))[0]
+                table.add(as_region(given[index], f"question '{question}', region {index}", geometry), geometry, number)
+        if not len(table):
+            return {}
+        tower_output = inner.vision_tower(self._pixels([image for _, image in pictures.values()]))
+        index = torch.from_numpy(table.images).long().to(self.model.device)
+        inputs = {name: value.to(self.model.device) for name, value in table.inputs(np.arange(len(table))).items()}
+        tokens_BND = inner.last_tokens(tower_output.last_hidden_state)
+        return {"region_features": inner.region_tokens.features(tokens_BND, index, **inputs)}
+
     def _answer(
-        self, prefix: tuple[int, ...], questions: list[list[int]], images: list[Image.Image], max_new_tokens: int
+        self,
+        prefix: tuple[int, ...],
+        questions: list[list[int]],
+        images: list[Image.Image],
+        max_new_tokens: int,
+        regions: dict[str, torch.Tensor],
     ) -> list[str]:
-        """Greedy decoding of questions with one prefix, each about its picture."""
+        """Greedy decoding of questions with one prefix, each about its picture; `regions` of `region_features`."""
         widened = [*prefix[:-1], *[self.image_token_id] * self.model.config.image_seq_length]
         longest = len(widened) + max(map(len, questions)) + max_new_tokens
         if attends_to_all(self.model.config.text_config, longest):
@@ -127,6 +157,7 @@ class GroundingModel:
             eos_token_id=self.end_ids,
             **GREEDY,
             **more,
+            **regions,
         )
         new = output[:, ids_BL.shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -24,7 +24,7 @@ def answer_likelihoods(
     order = sorted(range(len(rows)), key=lambda i: len(tokens[i][0]))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        for i, value in zip(part, _batch(model, [tokens[i] for i in part], [rows[i][0] for i in part]), strict=True):
+        for i, value in zip(part, _batch(model, [tokens[i] for i in part], [rows[i] for i in part]), strict=True):
             found[i] = value
     return found
 
@@ -32,7 +32,7 @@ def answer_likelihoods(
 def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list, answer: str) -> tuple[list[int], int]:
     """Tokens of the whole conversation, the picture's mark widened, and where the answer starts."""
     geometry = model.settings.image.geometry(*image.size)
-    content = IMAGE + "\n" + question_with_boxes(question, regions, geometry, model.codec)
+    content = IMAGE + "\n" + question_with_boxes(question, regions, geometry, model.codec, model.region_token)
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     options = {"tokenize": True, "return_dict": True}
     prompt = model.tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)["input_ids"]
@@ -46,15 +46,17 @@ def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list
     return [*whole[:mark], *[model.image_token_id] * image_length, *whole[mark + 1 :]], len(prompt) - 1 + image_length
 
 
-def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], images: list[Image.Image]) -> list[float]:
+def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: list[tuple]) -> list[float]:
     longest = max(len(ids) for ids, _ in tokens)
     ids_BL = torch.full((len(tokens), longest), model.tokenizer.pad_token_id)
     mask_BL = torch.zeros_like(ids_BL)
     for row, (ids, _) in enumerate(tokens):
         ids_BL[row, : len(ids)], mask_BL[row, : len(ids)] = torch.tensor(ids), 1
     device = model.model.device
-    pixels = model.settings.image.pixels(images).to(device, model.model.dtype)
-    logits_BLV = model.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), pixel_values=pixels).logits
+    images, questions, regions, _ = zip(*rows, strict=True)
+    pixels = model.settings.image.pixels(list(images)).to(device, model.model.dtype)
+    more = {"attention_mask": mask_BL.to(device), **model.region_features(questions, images, regions)}
+    logits_BLV = model.model(input_ids=ids_BL.to(device), pixel_values=pixels, **more).logits
     values = []
     for row, (ids, start) in enumerate(tokens):
         log_V = logits_BLV[row, start - 1 : len(ids) - 1].float().log_softmax(-1)

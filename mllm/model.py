@@ -1,14 +1,11 @@
-"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava.
-
-(S sampled image tokens, D the tower's width, H the language model's width.)
-"""
+"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,18 +20,20 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoder.errors import DataError
-from encoder.pretrained import load_vision_tower
+from encoder.pretrained import load_vision_tower, weights_hash
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
-from mllm.config import DEFAULT_FEATURE_LAYER, MllmConfig, layers_of
+from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig, layers_of
 from mllm.image_input import ImageInput
-from mllm.llava_layout import read_projector
 from mllm.lora import add_lora, is_lora, lora_config, quantize
 from mllm.mixture import sources_of
 from mllm.packing import attends_to_all
+from mllm.projector import load_projector, load_region_projector, make_identity
 from mllm.records import texts_of
+from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens
+from mllm.regions import COORDS
 from mllm.templates import choose_template, end_token_ids
-from mllm.tokenizer import add_codec_tokens, add_image_token, fast_tokenizer, train_sentencepiece
+from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token, fast_tokenizer, train_sentencepiece
 
 
 @dataclass
@@ -44,6 +43,7 @@ class Mllm:
     sentencepiece_model: the serialised model that the tokenizer is made from, where there is one
     from_scratch: whether projector and language model start from random weights
     lora: peft's LoraConfig of the layers that were added, else None
+    new_regions: whether the projector of region tokens starts from random weights
     """
 
     model: LlavaForConditionalGeneration
@@ -52,6 +52,7 @@ class Mllm:
     sentencepiece_model: bytes | None = None
     from_scratch: bool = False
     lora: object | None = None
+    new_regions: bool = False
 
     @property
     def num_image_tokens(self) -> int:
@@ -90,9 +91,12 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
         llm, tokenizer, proto = _nano_llm(config)
     else:
         llm, tokenizer, proto = _load_llm(config, dtype)
-    model = join(tower, llm.to(dtype), tokenizer, layer)
+    model = join(tower, llm.to(dtype), tokenizer, layer, PROJECTORS[config.projector_type])
     if config.projector:
         load_projector(model, config.projector)
+    if config.new_regions:
+        model = add_region_tokens(model, add_region_token(tokenizer), config.region_tokens, config.prompter or config.tower)
+        kept_regions = config.projector is not None and load_region_projector(model, config.projector)
     template = choose_template(tokenizer, config.template)
     if len(ends := end_token_ids(tokenizer)) > 1:  # stock code stops where the template's answers do
         model.generation_config.eos_token_id = ends
@@ -102,8 +106,10 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
         feature_layer=layer,
         template=template,
         tower_path=str(config.tower),
+        regions=config.region_tokens or COORDS,
     )
-    return Mllm(model, tokenizer, settings, proto, from_scratch=bool(config.llm_preset) and not config.projector)
+    from_scratch = bool(config.llm_preset) and not config.projector
+    return Mllm(model, tokenizer, settings, proto, from_scratch, new_regions=config.new_regions and not kept_regions)
 
 
 def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
@@ -112,15 +118,49 @@ def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
         "feature_layer": settings.feature_layer,
         "geometry": settings.image.mode,
         "codec": settings.codec,
+        "projector_type": next(k for k, act in PROJECTORS.items() if act == model.config.projector_hidden_act),
     }
     for name, saved in pairs.items():
         asked = getattr(config, name)
         if asked is not None and asked != saved:
             raise DataError(f"{name} is {asked}, but the MLLM {config.model} was trained with {saved}; drop {name}")
+    turned_on = config.new_regions and settings.regions == COORDS
+    if turned_on:
+        model = _turn_on_regions(config, model, tokenizer, settings)
+    elif config.region_tokens not in (None, settings.regions):
+        raise DataError(
+            f"region_tokens is {config.region_tokens}, but the MLLM {config.model} was trained with {settings.regions}; "
+            "drop region_tokens"
+        )
     if config.template != "auto":
         settings.template = choose_template(tokenizer, config.template)
     proto = Path(config.model) / "tokenizer.model"
-    return Mllm(model, tokenizer, settings, proto.read_bytes() if proto.is_file() else None)
+    proto_bytes = proto.read_bytes() if proto.is_file() else None
+    return Mllm(model, tokenizer, settings, proto_bytes, new_regions=turned_on)
+
+
+def _turn_on_regions(config: MllmConfig, model, tokenizer, settings: MllmSettings) -> RegionLlavaForConditionalGeneration:
+    """The MLLM of a folder, which had none, with region tokens; the Prompter must be of that very tower, or learn with it."""
+    if "projector" not in config.trains:
+        raise DataError(f"region_tokens {config.region_tokens} has a projector that must be learned; add projector to train")
+    if config.saves_adapter:
+        raise DataError(
+            f"region_tokens {config.region_tokens} is new to {config.model}, and an adapter folder would not keep it; pass "
+            "--save_adapter false, or turn it on in a run before"
+        )
+    source = config.prompter or settings.tower_path
+    if config.region_tokens == "prompter" and "tower" not in config.trains:
+        tower = load_vision_tower(source, getattr(torch, settings.dtype))
+        if weights_hash(tower) != settings.tower_hash:
+            raise DataError(
+                f"the Prompter of {source} was trained on another tower than that of {config.model}; name with prompter the CLOC "
+                "folder that this tower came from, or add tower to train, so that both learn on together"
+            )
+    token_id = add_region_token(tokenizer)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    settings.regions = config.region_tokens
+    return add_region_tokens(model, token_id, config.region_tokens, source)
 
 
 def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, bytes]:
@@ -130,6 +170,8 @@ def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     proto = train_sentencepiece(texts, config.vocab_size)
     tokenizer = fast_tokenizer(proto, config.max_length)
     add_codec_tokens(tokenizer, BoxCodec(config.codec))
+    if config.new_regions:
+        add_region_token(tokenizer)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     llm = LlamaForCausalLM(nano_llm_config(config, len(tokenizer), **ids))
     nn.init.normal_(llm.get_input_embeddings().weight, std=config.embedding_std)
@@ -165,6 +207,8 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         raise DataError(f"language model {config.llm} cannot be read ({reason}); copy or save the folder again") from error
     add_image_token(tokenizer)
     add_codec_tokens(tokenizer, BoxCodec(config.codec))
+    if config.new_regions:
+        add_region_token(tokenizer)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     proto = Path(config.llm) / "tokenizer.model"
@@ -172,7 +216,11 @@ def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
 
 
 def llava_config(
-    tower: PreTrainedModel, text_config: PreTrainedConfig, feature_layer: int | list[int], **token_ids: int
+    tower: PreTrainedModel,
+    text_config: PreTrainedConfig,
+    feature_layer: int | list[int],
+    projector_act: str = "gelu",
+    **token_ids: int,
 ) -> LlavaConfig:
     """The stock configuration of a Llava on this tower: its sizes, and whether its first token is no patch."""
     return LlavaConfig(
@@ -182,104 +230,51 @@ def llava_config(
         vision_feature_layer=feature_layer,
         # "default" leaves out the first token, which is CLIP's CLS; SigLIP has none.
         vision_feature_select_strategy="default" if hasattr(tower.embeddings, "class_embedding") else "full",
-        projector_hidden_act="gelu",
+        projector_hidden_act=projector_act,
         **token_ids,
     )
 
 
 def join(
-    tower: PreTrainedModel, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, feature_layer: int | list[int]
+    tower: PreTrainedModel,
+    llm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    feature_layer: int | list[int],
+    projector_act: str = "gelu",
 ) -> LlavaForConditionalGeneration:
     """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
     ids = {"image_token_index": add_image_token(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = llava_config(tower, llm.config, feature_layer, **ids)
+    config = llava_config(tower, llm.config, feature_layer, projector_act, **ids)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
     model.model.language_model = llm.base_model
     model.lm_head = llm.get_output_embeddings()
     model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(next(llm.parameters()).dtype)
+    if projector_act == "linear":
+        make_identity(model.model.multi_modal_projector.linear_2)
     model.generation_config = llm.generation_config
     return model.eval()
 
 
-def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
-    """Copies the projector of another MLLM folder, or of LLaVA's `mm_projector.bin` or its folder."""
-    found: dict[str, Tensor] = read_projector(folder)
-    files = sorted(Path(folder).glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                if "multi_modal_projector." in name:
-                    found[name.split("multi_modal_projector.")[1]] = tensors.get_tensor(name)
-    if not found:
-        raise DataError(
-            f"projector folder {folder} holds no Llava projector in {len(files)} safetensors files; name an MLLM folder"
-        )
-    fill_projector(model, found, folder)
-
-
-def fill_projector(model: LlavaForConditionalGeneration, found: dict[str, Tensor], folder: str | Path) -> None:
-    """Copies a projector's parameters, refused where their sizes are not this tower's and language model's."""
-    projector = model.model.multi_modal_projector
-    if wrong := sorted(set(found) ^ set(projector.state_dict())):
-        raise DataError(f"the projector in {folder} has or lacks {', '.join(wrong)}; Llava's are two layers with biases")
-    (ours_out, ours_in), (theirs_out, theirs_in) = projector.linear_1.weight.shape, found["linear_1.weight"].shape
-    if ours_in != theirs_in:
-        raise DataError(
-            f"the projector in {folder} takes features of width {theirs_in}, the tower's are {ours_in} wide; "
-            "choose that projector's tower, or leave projector out and train a new one"
-        )
-    if ours_out != theirs_out:
-        raise DataError(
-            f"the projector in {folder} ends at width {theirs_out}, the language model is {ours_out} wide; "
-            "choose that projector's language model, or leave projector out and train a new one"
-        )
-    projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
-
-
-WHITENING_RIDGE = 0.1  # of the mean variance per direction
-
-
-@torch.no_grad()
-def fit_projector(projector: LlavaMultiModalProjector, features_SD: Tensor, output_std: float) -> None:
-    """Starts a projector so that these features come out centred and with standard deviation `output_std`.
-
-    features_SD: image tokens of some pictures at the projected layer, as the tower gives them
-    The features are whitened, and that is folded into `linear_1`. Raw, a few directions are a hundred times louder than
-    the median: in a CLIP tower they hold the background's colour and position has a twentieth of the variance, in a CLOC
-    tower position has four fifths and the names the rest. A small language model then sees either where or what.
-    """
-    features_SD = features_SD.float()
-    mean_D = features_SD.mean(0)
-    variance_D, axes_DD = torch.linalg.eigh(torch.cov(features_SD.T))
-    # The ridge keeps directions that hold next to nothing from being blown up into noise.
-    scale_D = (variance_D + WHITENING_RIDGE * variance_D.mean()).rsqrt()
-    width = projector.linear_1.out_features
-    first = torch.randn(width, len(mean_D)) / len(mean_D) ** 0.5 @ (axes_DD * scale_D) @ axes_DD.T
-    first /= ((features_SD - mean_D) @ first.T).std()
-    second = torch.randn(projector.linear_2.out_features, width) / width**0.5
-    projector.linear_1.weight.copy_(first)
-    projector.linear_1.bias.copy_(-first @ mean_D)
-    out_SH = projector.act(features_SD @ first.T - first @ mean_D) @ second.T
-    scale = output_std / (out_SH - out_SH.mean(0)).std()
-    projector.linear_2.weight.copy_(second * scale)
-    projector.linear_2.bias.copy_(-out_SH.mean(0) * scale)
-
-
 def part_of(name: str) -> str:
-    """Which part a parameter belongs to: `tower`, `projector` or `llm`, and of LoRA layers `tower_lora` or `llm_lora`."""
-    if "multi_modal_projector." in name:
+    """Which part a parameter belongs to: `tower`, `projector` or `llm`, and of LoRA layers `tower_lora` or `llm_lora`.
+
+    A Prompter goes with its tower, the projector of region tokens with the picture's.
+    """
+    if "multi_modal_projector." in name or "region_tokens.projector." in name:
         return "projector"
-    return ("tower" if "vision_tower." in name else "llm") + ("_lora" if is_lora(name) else "")
+    tower = "vision_tower." in name or "region_tokens.prompter." in name
+    return ("tower" if tower else "llm") + ("_lora" if is_lora(name) else "")
 
 
 def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: torch.dtype) -> None:
     """Only the `trained` parts require gradients; the others are rounded to the format they will be saved in.
 
-    What learns then learns against the very weights that an evaluation loads.
+    What learns then learns against the very weights that an evaluation loads. A linear projector is Llava's first layer alone.
     """
+    fixed = "multi_modal_projector.linear_2." if model.config.projector_hidden_act == "linear" else None
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained)
+        parameter.requires_grad_(part_of(name) in trained and not (fixed and fixed in name))
         if not parameter.requires_grad and parameter.is_floating_point():  # else in low bits, where it was rounded before
             parameter.data = parameter.data.to(save_dtype).to(parameter.dtype)

@@ -7,7 +7,8 @@ token sees all before it. (L tokens of a row, B rows.)
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class TokenRow:
     ids: (L,) int32; supervised: (L,) bool; images: indices of its pictures in the order of their marks
     segments: (L,) int16, the number of each token's prefix or branch; roots: (L,) int16, its document's prefix.
         A token sees its own segment and its root's; both are all 0 in a row of one record
+    regions: (r,) int32 indices of the regions that region tokens stand for, in the order of their marks
     """
 
     ids: np.ndarray
@@ -28,27 +30,33 @@ class TokenRow:
     segments: np.ndarray
     roots: np.ndarray
     images: tuple[int, ...]
+    regions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def length(self, num_image_tokens: int) -> int:
         """Tokens with those of its pictures, which are one mark each here."""
         return len(self.ids) + len(self.images) * (num_image_tokens - 1)
 
 
-def own_row(ids: np.ndarray, supervised: np.ndarray, images: tuple[int, ...]) -> TokenRow:
-    return TokenRow(ids, supervised, np.zeros(len(ids), np.int16), np.zeros(len(ids), np.int16), images)
+def own_row(ids: np.ndarray, supervised: np.ndarray, images: tuple[int, ...], regions: Sequence[int] = ()) -> TokenRow:
+    """A row of one record."""
+    alone = np.zeros(len(ids), np.int16)
+    return TokenRow(ids, supervised, alone, alone, images, np.asarray(regions, np.int32))
 
 
-def share_pictures(rows: list[TokenRow], image_token_id: int, num_image_tokens: int, max_length: int) -> list[TokenRow]:
+def share_pictures(
+    rows: list[TokenRow], image_token_id: int, num_image_tokens: int, max_length: int, region_token_id: int | None = None
+) -> list[TokenRow]:
     """Joins rows of one record that have pictures and prefix in common, up to `max_length` tokens, pictures included.
 
     A row without a picture stays alone, and so does one that answers before its last picture or right after its mark: in a
-    joint row that first token would be predicted from the branch before it. Rows keep the order of their first records.
+    joint row that first token would be predicted from the branch before it. So does one with a region's mark before its last
+    picture: another row's may be of another region. Rows keep the order of their first records.
     """
     open_rows: dict[tuple, list[TokenRow]] = {}
     joint: list[list[TokenRow]] = []
     for row in rows:
         start = _prefix_length(row, image_token_id)
-        if start is None or row.supervised[: start + 1].any():
+        if start is None or row.supervised[: start + 1].any() or (row.ids[:start] == region_token_id).any():
             joint.append([row])
             continue
         key = row.images, row.ids[:start].tobytes()
@@ -83,6 +91,7 @@ def _branch(members: list[TokenRow], image_token_id: int) -> TokenRow:
         np.concatenate([np.zeros(start, np.int16), *segments]),
         np.zeros(len(ids), np.int16),
         first.images,
+        np.concatenate([row.regions for row in members]),
     )
 
 
@@ -131,6 +140,7 @@ def _line_up(members: list[TokenRow]) -> TokenRow:
             for key in ("segments", "roots")
         ),
         sum((row.images for row in members), ()),
+        np.concatenate([row.regions for row in members]),
     )
 
 

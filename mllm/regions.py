@@ -4,6 +4,7 @@ A record's `regions` holds objects with one of the keys `box` ([x1, y1, x2, y2])
 or run-length encoding), all in pixels of the original image. (R regions, N patches, G patches per side.)
 """
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from encoder.masks import decode_mask, mask_area, mask_box, patch_weights, run_l
 from mllm.box_text import BoxCodec
 
 KINDS = ("box", "point", "mask")
+# How a region enters a model beside its coordinates in text, see `mllm.region_tokens`; the token that stands for it there.
+COORDS = "coords"
+REGION_TOKENS = (COORDS, "prompter", "pooling")
+REGION_TOKEN = "<region_feature>"
 # A point stands for the square around it that reaches this share of the picture's long side to each of its sides.
 POINT_REACH = 0.05
 
@@ -153,6 +158,12 @@ class RegionTable:
     def images(self) -> np.ndarray:
         """(R,) int32: number of the picture that each region is of."""
         return np.asarray(self._images)
+
+    def fingerprint(self) -> str:
+        """Equal for equal regions of equal pictures."""
+        digest = hashlib.sha256(f"{self.by} {self.grid}".encode() + self._boxes.tobytes() + self._images.tobytes())
+        digest.update(repr(self._masks).encode())
+        return digest.hexdigest()
 
     def inputs(self, indices: np.ndarray) -> dict[str, Tensor]:
         """What the model takes for the regions of these indices (r,): boxes (r, 4), or weights of patches (r, N)."""

@@ -18,6 +18,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 from encoder.errors import DataError
 from mllm.box_text import BoxCodec
 from mllm.conversation import IMAGE
+from mllm.regions import REGION_TOKEN
 
 SPACE = "\u2581"  # sentencepiece's visible space
 # Pieces always cut out whole. A box is then "[" + 3 digits + ", " + ... + "]": 17 tokens.
@@ -115,6 +116,13 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer.convert_tokens_to_ids(IMAGE)
+
+
+def add_region_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the mark that region tokens take the place of, added as a special token where the tokenizer lacks it."""
+    if tokenizer.convert_tokens_to_ids(REGION_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [REGION_TOKEN]}, replace_extra_special_tokens=False)
+    return tokenizer.convert_tokens_to_ids(REGION_TOKEN)
 
 
 def add_codec_tokens(tokenizer: PreTrainedTokenizerBase, codec: BoxCodec) -> None:

@@ -66,6 +66,11 @@ class MllmTrainer(Trainer):
         self._counts_2 += counts_B2.sum(0)
         return loss, None, None
 
+    def _prepare_inputs(self, inputs):
+        """Boxes of regions stay float32: in bf16, to which the Trainer takes floats under DeepSpeed, they would move."""
+        exact = {name: inputs.pop(name).to(self.args.device) for name in ("region_boxes",) if name in inputs}
+        return super()._prepare_inputs(inputs) | exact
+
     def _get_train_sampler(self, train_dataset=None):
         if not self.config.group_by_length:
             return super()._get_train_sampler(train_dataset)

@@ -19,7 +19,9 @@ from mllm.data import ConversationDataset, pixel_collator
 from mllm.features import CachedTower, cache_features, feature_collator, measure_features, sample_features
 from mllm.lm_loss import choose_block, use_training_loss
 from mllm.lora import merged
-from mllm.model import Mllm, build_mllm, fit_projector, freeze, part_of
+from mllm.model import Mllm, build_mllm, freeze, part_of
+from mllm.projector import fit_projector
+from mllm.region_features import cache_region_features, measure_region_features
 from mllm.trainer import MllmTrainer
 
 RUN_FILE = "run.json"
@@ -116,6 +118,7 @@ def _dataset(config: MllmConfig, mllm: Mllm, data: list) -> ConversationDataset 
         config.pack,
         config.seed,
         progress=rank() == 0,
+        region_tokens=mllm.settings.regions,
     )
     for line in dataset.sources:
         _say(line)
@@ -138,6 +141,11 @@ def _collator(config: MllmConfig, mllm: Mllm, dataset, val_dataset, output: Path
         tower.to(device)
         folder = config.cache_folder or output / "features"
         cached = {name: cache_features(mllm.model, part, folder, progress=rank() == 0) for name, part in sets.items()}
+        regions = dict.fromkeys(sets)
+        if dataset.regions is not None:
+            mllm.model.model.region_tokens.to(device)
+            regions = {name: cache_region_features(mllm.model, part, folder, progress=rank() == 0) for name, part in sets.items()}
+            mllm.model.model.region_tokens.to("cpu")
         tower.to("cpu")
     if mllm.from_scratch and dataset.image_files:
         sample = (
@@ -147,10 +155,15 @@ def _collator(config: MllmConfig, mllm: Mllm, dataset, val_dataset, output: Path
         )
         torch.manual_seed(config.seed)
         fit_projector(mllm.model.model.multi_modal_projector, sample, config.embedding_std)
+    if mllm.new_regions and len(dataset.regions) > 1:
+        sample = regions["train"][:10_000] if config.cache_features else measure_region_features(mllm.model, dataset)
+        torch.manual_seed(config.seed)
+        std = mllm.model.get_input_embeddings().weight.std().item()
+        fit_projector(mllm.model.model.region_tokens.projector, sample, std)
     if not config.cache_features:
         return {name: pixel_collator(part, *ids) for name, part in sets.items()}, None
     mllm.model.model.vision_tower = CachedTower(mllm.model.config.vision_feature_layer)
-    return {name: feature_collator(part, cached[name], *ids) for name, part in sets.items()}, tower
+    return {name: feature_collator(part, cached[name], *ids, regions[name]) for name, part in sets.items()}, tower
 
 
 def _arguments(config: MllmConfig, zero: dict | None, output: Path) -> TrainingArguments:

@@ -9,11 +9,14 @@
     python scripts/convert_checkpoint.py --to llava_projector MLLM  OUT                 # its mm_projector.bin and config.json
     python scripts/convert_checkpoint.py --to mllm            LLAVA OUT --tower CLIP    # a released LLaVA-1.5, back again
     python scripts/convert_checkpoint.py --to mllm            LORA  OUT --tower CLIP --llm VICUNA      # or a projector alone
+    python scripts/convert_checkpoint.py --to mllm            ADAPTER OUT               # LoRA added to the weights it learned on
+    python scripts/convert_checkpoint.py --to llm             LLM.gguf OUT              # the folder for --llm (needs `gguf`)
 
 Exports keep the precision and every bit of the parameters; a new CLOC is float32.
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -24,7 +27,8 @@ from encoder.errors import DataError, run_main
 from encoder.export import export_clip, export_vision
 from encoder.from_clip import from_clip
 from encoder.pretrained import TOWERS, folder_kind, load_encoder, load_processor, load_vision_tower
-from mllm.checkpoint import save_mllm
+from mllm.adapter_folder import merge_adapter
+from mllm.checkpoint import SETTINGS_FILE, save_mllm
 from mllm.convert import read_llava, write_llava
 
 ENCODERS, MLLMS = ("clip", "vision", "cloc"), ("llava", "llava_projector", "mllm")
@@ -32,7 +36,7 @@ ENCODERS, MLLMS = ("clip", "vision", "cloc"), ("llava", "llava_projector", "mllm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", required=True, choices=[*ENCODERS, *MLLMS], help="what OUT shall hold")
+    parser.add_argument("--to", required=True, choices=[*ENCODERS, *MLLMS, "llm"], help="what OUT shall hold")
     parser.add_argument("--readout", choices=READOUTS, default=READOUTS[0], help="of the new Prompter, with --to cloc")
     parser.add_argument("--seed", type=int, default=0, help="of the new Prompter's initialisation, with --to cloc")
     parser.add_argument("--image-size", type=int, help="side of the new input in pixels, with --to cloc; default the CLIP's")
@@ -54,8 +58,12 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not an empty folder; choose another output")
     if arguments.to in MLLMS:
-        kind = "mllm" if arguments.to != "mllm" else "llava"
-        convert_mllm(arguments, source, output)
+        adapter = (source / SETTINGS_FILE).is_file() and arguments.to == "mllm"
+        kind = "adapter" if adapter else "llava" if arguments.to == "mllm" else "mllm"
+        (merge_lora if adapter else convert_mllm)(arguments, source, output)
+    elif arguments.to == "llm":
+        kind = "GGUF"
+        convert_gguf(source, output)
     else:
         kind = folder_kind(source)
         convert_encoder(arguments, kind, source, output)
@@ -89,6 +97,21 @@ def convert_mllm(arguments: argparse.Namespace, source: Path, output: Path) -> N
     mllm = read_llava(source, arguments.tower, arguments.llm, arguments.template)
     dtype = getattr(torch, mllm.settings.dtype)
     save_mllm(output, mllm.model, mllm.tokenizer, mllm.settings, dtype, None, mllm.sentencepiece_model)
+
+
+def merge_lora(arguments: argparse.Namespace, source: Path, output: Path) -> None:
+    model, tokenizer, settings = merge_adapter(source)
+    proto = source / "tokenizer.model"
+    save_mllm(output, model, tokenizer, settings, torch.bfloat16, None, proto.read_bytes() if proto.is_file() else None)
+
+
+def convert_gguf(source: Path, output: Path) -> None:
+    """A language model in a GGUF file -> the folder of a causal language model, bfloat16."""
+    if not source.is_file() or importlib.util.find_spec("gguf") is None:
+        raise DataError(f"--to llm takes a GGUF file and needs the package gguf: {source} is no file, or pip install gguf")
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16).save_pretrained(output)
+    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(output)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,31 @@ def test_a_language_model_in_a_folder_and_an_mllm_in_one(world, preset):
     assert shapes(meta_mllm(again)) == shapes(real.model)
 
 
+@pytest.mark.parametrize("by", ["prompter", "pooling"])
+def test_region_tokens_are_counted(world, tiny_folder, by):
+    """One region a row; the Prompter's layer over 17 tokens is most of what is added."""
+    fields = {"tower": str(tiny_folder), "region_tokens": by, "train": ["projector", "llm", "tower"]}
+    real = build_mllm(MllmConfig(**recipe(world, **fields)))
+    tokens = len(real.tokenizer) - 1  # the mark is added on top of a preset's pieces
+    config = MllmConfig(**recipe(world, **fields, vocab_size=tokens, max_length=64))
+    model = meta_mllm(config)
+    assert shapes(model) == shapes(real.model)
+    real.model.set_attn_implementation("eager")
+    ids = torch.tensor([[1, *[real.model.config.image_token_id] * 16, real.model.config.region_token_id, *[5] * 46]])
+    regions = {"region_boxes": torch.tensor([[0.1, 0.1, 0.5, 0.5]]), "region_weights": torch.full((1, 16), 1 / 16)}
+    pixels, index = torch.randn(1, 3, 32, 32), torch.tensor([0])
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = real.model(input_ids=ids, pixel_values=pixels, labels=ids, region_image_index=index, **regions).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    cost = mllm_cost(model, config)
+    assert cost.forward_flops == pytest.approx(forward, rel=0.01)
+    assert cost.backward_flops == pytest.approx(counter.get_total_flops() - forward, rel=0.05)
+    plain = MllmConfig(**recipe(world, **fields | {"region_tokens": None}, vocab_size=tokens, max_length=64))
+    assert cost.forward_flops > mllm_cost(meta_mllm(plain), plain).forward_flops
+
+
 def test_cached_features_spare_the_tower(world):
     config, cached = (MllmConfig(**recipe(world, max_length=64, cache_features=value)) for value in (False, True))
     assert mllm_cost(meta_mllm(cached), cached).forward_flops < mllm_cost(meta_mllm(config), config).forward_flops

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from encoder.errors import DataError
 from mllm import training
+from mllm.adapter_folder import merge_adapter
 from mllm.checkpoint import load_mllm
 from mllm.config import MllmConfig
 from mllm.model import build_mllm, part_of
@@ -69,6 +70,7 @@ def test_an_adapter_folder_gives_the_merged_model_and_peft_reads_it(world, merge
     torch.testing.assert_close(mine, logits_of(merged), atol=0.05, rtol=0.05)  # its weights are rounded to bf16
     base = load_mllm(world / "base")[0]
     assert (mine - logits_of(base)).abs().max() > 0.2
+    assert torch.equal(logits_of(merge_adapter(adapter)[0].eval()), mine)  # what convert_checkpoint.py --to mllm writes
     trained = load_file(adapter / "trained.safetensors")
     assert {part_of(name) for name in trained} == {"projector"}
     base.load_state_dict(trained, strict=False)

@@ -20,7 +20,8 @@ from encoder.pretrained import load_vision_tower
 from mllm.checkpoint import load_mllm, save_mllm
 from mllm.config import MllmConfig
 from mllm.generation import GroundingModel
-from mllm.model import build_mllm, fit_projector, freeze, part_of
+from mllm.model import build_mllm, freeze, part_of
+from mllm.projector import fit_projector
 from mllm.trainer import parameter_groups
 
 

@@ -38,3 +38,30 @@ def test_every_object_is_asked_for_by_its_box_and_named(overfitted_mllm, scenes,
 def test_an_encoder_is_refused_because_it_has_no_words(tiny_folder, scenes, monkeypatch):  # noqa: F811
     with pytest.raises(DataError, match="is an encoder, which has no words"):
         run(monkeypatch, "--model", tiny_folder, "--data", scenes / "refcoco", "--out", scenes / "run")
+
+
+def test_objects_are_asked_for_by_a_point_or_by_their_outline(overfitted_mllm, scenes, monkeypatch, capsys):  # noqa: F811
+    base = "--model", overfitted_mllm, "--data", scenes / "refcoco", "--out", scenes / "run", "--split", "val"
+    with pytest.raises(DataError, match="refcoco: ref_id 0 has no segmentation, so it cannot be asked for by its mask"):
+        run(monkeypatch, *base, "--region", "mask")
+    run(monkeypatch, *base, "--region", "point")
+    points = [target.region for target in load_evaluation(scenes / "run/refcoco_referring_point/val").targets]
+    assert points == [{"point": [10, 10]}, {"point": [29.25, 13]}]  # middles of the boxes: these data have no outlines
+
+    path = scenes / "refcoco" / "instances.json"
+    content = json.loads(path.read_text())
+    hook = [[5, 5, 15, 5, 15, 15, 13, 15, 13, 7, 5, 7]]  # of the person's box; its centre of mass lies outside it
+    outlines = [hook, [[20, 3, 38, 3, 38, 23, 20, 23]], [[10, 20, 30, 20, 30, 50]]]
+    for annotation, outline in zip(content["annotations"], outlines, strict=True):
+        annotation["segmentation"] = outline
+    path.write_text(json.dumps(content))
+    out = scenes / "outlines"
+    base = "--model", overfitted_mllm, "--data", scenes / "refcoco", "--out", out, "--split", "val"
+    run(monkeypatch, *base, "--region", "mask")
+    evaluation = load_evaluation(out / "refcoco_referring_mask/val")
+    assert [target.region for target in evaluation.targets] == [{"mask": hook}, {"mask": [[20, 3, 38, 3, 38, 23, 20, 23]]}]
+    # Its text is that of the box around it, which the model knows.
+    assert evaluation.predictions[0].raw == "person" and "refcoco_referring_mask/val" in capsys.readouterr().out
+    run(monkeypatch, *base, "--region", "point")
+    points = [target.region["point"] for target in load_evaluation(out / "refcoco_referring_point/val").targets]
+    assert points == [[13.5, 6.5], [28.5, 12.5]]  # the hook's only pixel with the mask on all sides; the middle of the bus

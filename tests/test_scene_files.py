@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from encoder.data.pictures import BASE_SEEN, BASE_UNSEEN
+from encoder.data.pictures import BASE_SEEN, BASE_UNSEEN, load_library
 from encoder.data.scene_files import SceneJob
-from encoder.data.scenes import SceneConfig
+from encoder.data.scenes import PictureLibrary, SceneConfig, draw_scene
 from encoder.errors import DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_scenes.py"
@@ -168,6 +168,26 @@ def test_regions_seen_and_unseen(folder):
     manifest = read_json(folder / "manifest.json")
     assert manifest["names"] == {"seen": sorted(BASE_SEEN), "unseen": sorted(BASE_UNSEEN)}
     assert manifest["counts"]["train"]["scenes"] == 60 and manifest["arguments"]["seed"] == 7
+
+
+def test_outlines_are_those_of_the_objects(folder):
+    """As pycocotools reads them: the box is theirs, the pixels are those of the picture that was pasted."""
+    rle_tools = pytest.importorskip("pycocotools.mask", reason="needs the extra eval")
+    data = read_json(folder / "regions" / "seen.json")
+    library = PictureLibrary(load_library("base", 7)[0])
+    tops = {annotation["image_id"]: annotation for annotation in data["annotations"]}
+    for annotation in data["annotations"]:
+        outline = annotation["segmentation"]
+        rle = rle_tools.frPyObjects(outline, *outline["size"])
+        assert rle_tools.toBbox(rle).tolist() == annotation["bbox"]
+        if tops[annotation["image_id"]] is annotation and annotation["image_id"] <= 5:
+            scene = draw_scene(SceneJob(seed=7).split_config("val"), library, 7, annotation["image_id"] - 1, "val")
+            mask = rle_tools.decode(rle).astype(bool)
+            name, box = scene.objects[-1].name, list(map(int, scene.objects[-1].box))
+            pictures = [library.resized(name, variant, max(box[2] - box[0], box[3] - box[1]))[1]
+                        for variant in range(len(library.by_name[name]))]  # fmt: skip
+            inside = mask[box[1] : box[3], box[0] : box[2]]
+            assert any(inside.shape == own.shape and (inside == own).all() for own in pictures)
 
 
 def test_splits_share_no_image(folder):

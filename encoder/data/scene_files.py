@@ -19,12 +19,13 @@ from itertools import count, islice
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from encoder.data.pictures import Picture, load_library, photographs
 from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
-from encoder.data.scenes import PictureLibrary, Scene, SceneConfig, draw_scene
+from encoder.data.scenes import PictureLibrary, Scene, SceneConfig, SceneObject, draw_scene
 from encoder.errors import DataError
 
 FORMAT = "scenes/1"
@@ -221,7 +222,7 @@ class CocoFiles:
                     "bbox": box_xywh,
                     "area": box_xywh[2] * box_xywh[3],
                     "iscrowd": 0,
-                    "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+                    "segmentation": _run_lengths(item, width, height),
                 }
             )
         if split is None:
@@ -258,6 +259,16 @@ class CocoFiles:
                 {"id": number, "name": name, "supercategory": "picture"} for name, number in self.category_ids.items()
             ],
         }
+
+
+def _run_lengths(item: SceneObject, width: int, height: int) -> dict:
+    """An object's outline as COCO's run-length encoding: column by column, the first run of pixels outside."""
+    mask = np.zeros((height, width), bool)
+    left, top, right, bottom = map(int, item.box)
+    mask[top:bottom, left:right] = item.mask
+    line = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(line, prepend=False, append=not line[-1]))
+    return {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
 
 
 # What every worker process works with; pictures are loaded, and their errors raised, in the main process.

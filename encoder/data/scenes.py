@@ -80,10 +80,11 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class SceneObject(NamedBox):
-    """An object of a scene: its name, its whole box before occlusion (xyxy pixels), and phrases true of it, of which
-    the first is the name."""
+    """An object of a scene: its name, its whole box before occlusion (xyxy pixels), phrases true of it, of which the first
+    is the name, and which pixels of the box are its own, (h, w) bool."""
 
     phrases: tuple[str, ...] = ()
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def draw_scene(config: SceneConfig, library: PictureLibrary, seed: int, index: i
     for name, cut_out, mask, left, top in placed:
         image.paste(cut_out, (left, top), cut_out)
         box = (float(left), float(top), float(left + mask.shape[1]), float(top + mask.shape[0]))
-        objects.append(SceneObject(name, box, _phrases(config, name, max(mask.shape))))
+        objects.append(SceneObject(name, box, _phrases(config, name, max(mask.shape)), mask))
     expressions = refer(objects, width, height, rng, config.expressions_per_object)
     return Scene(image, tuple(objects), caption(names, background), expressions)
 
