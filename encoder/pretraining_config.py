@@ -22,7 +22,7 @@ class PretrainConfig:
     vocab_size: pieces of the tokenizer that a model from scratch trains on its own captions
     prompter_readout: `mean` (the paper's) or `prompt`; None keeps the preset's
     model_fields: other fields of encoder.config.RegionConfig that are not to be the preset's or the starting model's, as
-        `name=value` separated by blanks: `box_token=joint region_temperature=own`
+        `name=value` separated by blanks: `box_token=joint region_temperature=own`; of a name given twice the last counts
     batch_size: images of the global batch
     micro_batch_size: images that a process runs at a time; the loss and its gradient stay those of the whole batch, for one
         more forward pass (encoder.gradient_cache). 0 runs its part of the batch at once

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from encoder.arguments import read_recipe
+from encoder.config import PRESETS, RegionConfig
 from encoder.errors import DataError, run_main
 from encoder.losses import LossConfig
 from encoder.pretraining_config import PretrainConfig
@@ -27,11 +28,12 @@ from pipeline import PYTHON
 from study_table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
-# Fields that differ from the recipe's. `init: clip` goes on from the variant `clip` of the same seed, for as many steps again.
+# Fields that differ from the recipe's; `model_fields` adds to the recipe's. `init: clip` goes on from the variant `clip` of the
+# same seed, for as many steps again.
 VARIANTS: dict[str, dict] = {
     "clip": {"objective": "clip"},
     "cloc": {},
-    "roi_align": {"model_fields": "region_encoder=roi_align", "grounding_loss_weight": 0.0},
+    "roi_align": {"model_fields": "region_encoder=roi_align prompter_shared=true", "grounding_loss_weight": 0.0},
     "mean": {"prompter_readout": "mean"},
     "no_grounding": {"grounding_loss_weight": 0.0},
     "filter_0.9": {"similar_text_threshold": 0.9},
@@ -40,7 +42,7 @@ VARIANTS: dict[str, dict] = {
     "boxes_2": {"max_boxes": 2},
     "joint": {"model_fields": "box_token=joint"},
     "l1_giou": {"grounding_norm": "l1_giou"},
-    "own_prompter": {"model_fields": "prompter_shared=false"},
+    "shared_prompter": {"model_fields": "prompter_shared=true"},
     "own_temperature": {"model_fields": "region_temperature=own"},
     "from_clip": {"init": "clip"},
     "l1_giou_joint": {"grounding_norm": "l1_giou", "model_fields": "box_token=joint"},
@@ -76,9 +78,23 @@ def variant_values(args: argparse.Namespace, variant: str, seed: int) -> dict:
     folder = run_folder(args.out, variant, seed)
     values |= {"seed": seed, "shards": str(args.scenes / "shards" / "train"), "output": str(folder / "training")}
     changed = dict(VARIANTS[variant])
+    words = [values.get("model_fields"), changed.get("model_fields")]  # of a field given twice the last counts
     if "init" in changed:
+        words.insert(0, preset_fields(values["preset"]))
         changed["init"] = str(run_folder(args.out, changed["init"], seed) / "training" / "model")
-    return values | changed
+    values |= changed
+    values["model_fields"] = " ".join(word for word in words if word) or None
+    return values
+
+
+def preset_fields(name: str) -> str:
+    """What a preset sets of `RegionConfig`, which a CLIP to start from does not bring, as `model_fields`."""
+    if name not in PRESETS:
+        raise DataError(f"preset '{name}' is not known; choose one of {', '.join(PRESETS)}")
+    preset, fields = PRESETS[name](), dataclasses.fields(RegionConfig)
+    return " ".join(
+        f"{field.name}={getattr(preset, field.name)}" for field in fields if getattr(preset, field.name) != field.default
+    )
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -129,8 +145,9 @@ def run_all(args: argparse.Namespace) -> list[str]:
         start = VARIANTS[variant].get("init")
         if start and (start, seed) not in jobs and not (run_folder(args.out, start, seed) / "result.json").is_file():
             raise DataError(f"variant '{variant}' goes on from '{start}' of the same seed; add '{start}' to --variants")
-    # Those that go on from another one start after it.
-    jobs.sort(key=lambda job: "init" in VARIANTS[job[0]])
+    # What others go on from comes first.
+    starts = {VARIANTS[variant].get("init") for variant in args.variants}
+    jobs.sort(key=lambda job: job[0] not in starts)
     failures, running = [], {}
 
     def start_after(before: Future | None, variant: str, seed: int) -> None:

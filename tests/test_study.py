@@ -186,6 +186,25 @@ def test_a_failure_stops_what_goes_on_from_it_and_nothing_else(arguments, monkey
         study.run_all(alone)
 
 
+def test_a_variant_adds_to_the_fields_that_the_recipe_and_its_preset_set(arguments, tmp_path):
+    """What `from_clip` starts from is a plain CLIP, which brings no field of the Prompter."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("tiny", "nano") + "model_fields: prompter_shared=false\n")
+    arguments = argparse.Namespace(**{**vars(arguments), "recipe": recipe})
+    nano = {"prompter_readout": "prompt", "box_max_frequency": 8.0}
+    expected = {
+        "cloc": {"prompter_shared": False},
+        "joint": {"prompter_shared": False, "box_token": "joint"},
+        "shared_prompter": {"prompter_shared": True},
+        "roi_align": {"prompter_shared": True, "region_encoder": "roi_align"},
+        "from_clip": {**nano, "prompter_shared": False},
+    }
+    for variant, fields in expected.items():
+        values = study.variant_values(arguments, variant, 0)
+        config = PretrainConfig(shards="a", output="b", steps=9, warmup_steps=1, model_fields=values["model_fields"])
+        assert config.region_fields() == fields, variant
+
+
 def test_fields_of_the_model_in_a_recipe():
     config = PretrainConfig(
         shards="a", output="b", prompter_readout="prompt", model_fields="box_token=joint box_min_frequency=0.25 box_head_width=48"
