@@ -99,7 +99,7 @@ def open_shards(shards: list[str]) -> tuple[int, list[str], Callable[[int], list
     def samples_of(index: int) -> list[Sample]:
         image, record = dataset[index]
         regions, names = [Region(region.box) for region in record.regions], [region.phrases[0] for region in record.regions]
-        return [Sample(image, regions, names, [dataset.names[index], *record.captions[:1]])]
+        return [Sample(image, regions, names, [dataset.name(index), *record.captions[:1]])]
 
     return len(dataset), dataset.problems, samples_of
 

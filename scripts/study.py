@@ -10,7 +10,6 @@ Interrupted, the same command goes on. A table is printed at the end; everything
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -21,8 +20,7 @@ from tqdm import tqdm
 
 from encoder.arguments import read_recipe
 from encoder.errors import DataError, run_main
-from encoder.losses import LossConfig
-from encoder.pretraining_config import PretrainConfig
+from encoder.pretraining_config import RUN_FIELDS, PretrainConfig
 from pipeline import PYTHON
 from study_table import write_table
 
@@ -31,19 +29,19 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, dict] = {
     "clip": {"objective": "clip"},
     "cloc": {},
-    "roi_align": {"model_fields": "region_encoder=roi_align", "grounding_loss_weight": 0.0},
+    "roi_align": {"region_encoder": "roi_align", "grounding_loss_weight": 0.0},
     "mean": {"prompter_readout": "mean"},
     "no_grounding": {"grounding_loss_weight": 0.0},
     "filter_0.9": {"similar_text_threshold": 0.9},
     "filter_off": {"similar_text_threshold": None},
     "boxes_1": {"max_boxes": 1},
     "boxes_2": {"max_boxes": 2},
-    "joint": {"model_fields": "box_token=joint"},
+    "joint": {"box_token": "joint"},
     "l1_giou": {"grounding_norm": "l1_giou"},
-    "own_prompter": {"model_fields": "prompter_shared=false"},
-    "own_temperature": {"model_fields": "region_temperature=own"},
+    "own_prompter": {"prompter_shared": False},
+    "own_temperature": {"region_temperature": "own"},
     "from_clip": {"init": "clip"},
-    "l1_giou_joint": {"grounding_norm": "l1_giou", "model_fields": "box_token=joint"},
+    "l1_giou_joint": {"grounding_norm": "l1_giou", "box_token": "joint"},
     "grounding_10": {"grounding_loss_weight": 10.0},
 }
 
@@ -67,9 +65,8 @@ def run_folder(out: Path, variant: str, seed: int) -> Path:
 
 
 def variant_values(args: argparse.Namespace, variant: str, seed: int) -> dict:
-    """The fields of `PretrainConfig` and `LossConfig` of one run."""
-    known = {field.name for cls in (PretrainConfig, LossConfig) for field in dataclasses.fields(cls)}
-    values = read_recipe(args.recipe, known)
+    """The fields of one run, by names of `RUN_FIELDS`."""
+    values = read_recipe(args.recipe, RUN_FIELDS)
     values["steps"] = args.steps or int(values["steps"])
     # A short run is warmed up for its tenth at most.
     values["warmup_steps"] = min(int(values.get("warmup_steps", PretrainConfig.warmup_steps)), values["steps"] // 10)
