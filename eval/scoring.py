@@ -21,6 +21,7 @@ from eval.judge import read_judged
 from eval.metrics import (
     THRESHOLDS,
     Interval,
+    SignTest,
     accuracy_at,
     accuracy_interval,
     macro_interval,
@@ -28,10 +29,11 @@ from eval.metrics import (
     paired_iou,
     recall_at,
     shuffled_box_accuracy,
+    sign_test,
     size_bin,
     size_name,
 )
-from eval.phrases import RECALLS, by_type, phrase_hits
+from eval.phrases import RECALLS, by_type, phrase_hits, phrase_iou
 from eval.predictions import Evaluation, find_evaluations, load_evaluation, read_run, write_whole
 from eval.words import choice_hits, choice_report, cider, said_yes, tokens_of, yes_no_report
 
@@ -99,6 +101,10 @@ class Scored:
             return mean_interval(self.hits_of(metric), self.images, seed)
         return accuracy_interval(self.hits_of(metric), self.images, seed)
 
+    def signs(self, other: "Scored", metric: str) -> SignTest:
+        """The same question by a test that asks for less: on how many pictures is the one better than the other."""
+        return sign_test(self.hits_of(metric) - other.hits_of(metric), self.images)
+
     def difference(self, other: "Scored", metric: str, seed: int = 0) -> Interval:
         """This metric here minus there, paired by question; both must have scored the same questions."""
         change = self.hits_of(metric) - other.hits_of(metric)
@@ -133,6 +139,10 @@ def score_questions(evaluation: Evaluation) -> Scored:
         chance = {"acc_50": shuffled_box_accuracy(true_boxes, widths, heights)}
     elif task != "naming":
         by_metric = metrics_of(evaluation)
+        if task == "phrases":
+            ranked = evaluation.protocol.get("codec") == "ranking"
+            pairs = zip(targets, predictions, strict=True)
+            iou = np.array([phrase_iou(target, prediction, ranked)["merged_box"] for target, prediction in pairs])
         hits = next(iter(by_metric.values()))
         guess = {"phrases": shuffled_box_accuracy(true_boxes, widths, heights), "yes_no": 0.5, "choice": 0.5}.get(task, 0.0)
         chance = dict.fromkeys(by_metric, guess)
