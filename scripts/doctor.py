@@ -166,6 +166,7 @@ def mllm_rows(config, processes: int, memory: float | None) -> tuple[list[Row], 
     if stage is None:  # bf16 is autocast then, on float32 weights
         model.float()
     fixed = state_bytes(model, stage, processes)
+    fixed["weights"] -= costs.low_bit_bytes(model, config)
     what = f"rows of {config.max_length} tokens"
     rows = memory_rows(model, fixed, cost.activation_bytes(config.gradient_checkpointing), config.batch_size, what, memory)
     flops = config.batch_size * config.gradient_accumulation * cost.flops(config.gradient_checkpointing)

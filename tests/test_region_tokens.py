@@ -62,7 +62,7 @@ def fields(world, **more) -> dict:
 def built(world, **more):
     config = MllmConfig(**fields(world, **more))
     mllm = build_mllm(config)
-    return mllm, training._dataset(config, mllm, config.data)
+    return mllm, training.read_dataset(config, mllm, config.data)
 
 
 def batch_of(mllm, dataset, rows):
