@@ -36,6 +36,7 @@ from eval.metrics import (
 from eval.phrases import RECALLS, by_type, phrase_hits, phrase_iou
 from eval.predictions import Evaluation, find_evaluations, load_evaluation, read_run, write_whole
 from eval.words import choice_hits, choice_report, cider, said_yes, tokens_of, yes_no_report
+from mllm.box_text import CODECS, BoxCodec
 
 # How many of the first candidates a ranking's metrics look at.
 CUTOFFS = {
@@ -119,6 +120,8 @@ def score_questions(evaluation: Evaluation) -> Scored:
     if task not in TASKS:
         raise DataError(f"{evaluation.folder}/run.json: protocol.task is '{task}'; expected one of {', '.join(TASKS)}")
     targets, predictions = evaluation.targets, evaluation.predictions
+    if task in ("grounding", "phrases"):
+        refuse_other_codec(evaluation)
     true_boxes = np.array([target.box for target in targets], np.float64).reshape(-1, 4)
     widths, heights = (np.array([getattr(target, side) for target in targets]) for side in ("width", "height"))
     iou = places = None
@@ -164,6 +167,20 @@ def score_questions(evaluation: Evaluation) -> Scored:
         chance,
         by_metric,
     )
+
+
+def refuse_other_codec(evaluation: Evaluation) -> None:
+    """DataError where an answer's box is not what its words say in the codec that run.json states."""
+    name = evaluation.protocol.get("codec")
+    if name not in CODECS:  # a BoxHead's or a ranking's boxes are no words
+        return
+    codec = BoxCodec(name)
+    for prediction in evaluation.predictions:
+        if prediction.box is not None and codec.decode(prediction.raw)[0] is None:
+            raise DataError(
+                f"{evaluation.folder}/predictions.jsonl: id {prediction.id} has a box, but its words {prediction.raw[:50]!r} "
+                f"hold none in codec '{name}'; these are predictions in another codec"
+            )
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, np.ndarray]:

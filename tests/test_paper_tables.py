@@ -38,8 +38,9 @@ def write_run(folder, right: int, splits=SPLITS):
         targets = [Target(f"{i}-0", f"{i}.png", 80, 60, "x", BOX, "", "people", **choice) for i in range(4)]
         protocol = {"benchmark": benchmark, "split": split, "task": task, "completeness": "published", "codec": "int1000"}
         log = PredictionLog(folder / benchmark / split, protocol, {"kind": "mllm"}, targets, {"images": "gone"})
+        words = {True: ("[100, 100, 300, 300]", "a car"), False: ("[000, 000, 050, 050]", "a cartwheel")}
         log.append([
-            Prediction(t.id, t.image, "", "a car" if i < right else "a cartwheel", BOX if i < right else (0.0, 0.0, 5.0, 5.0))
+            Prediction(t.id, t.image, "", words[i < right][task == "choice"], BOX if i < right else (0.0, 0.0, 5.0, 5.0))
             for i, t in enumerate(targets)
         ])  # fmt: skip
     return folder
