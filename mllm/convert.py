@@ -18,6 +18,7 @@ from encoder.pretrained import check_loaded, load_strict, load_vision_tower
 from encoder.processor import ClocProcessor
 from mllm import llava_layout as layout
 from mllm.checkpoint import MllmSettings, load_mllm
+from mllm.config import PROJECTORS
 from mllm.image_input import ImageInput
 from mllm.model import Mllm, join
 from mllm.projector import fill_projector
@@ -57,7 +58,7 @@ def read_llava(
     add_image_token(tokenizer)
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    model = join(vision, language_model, tokenizer, config["mm_vision_select_layer"])
+    model = join(vision, language_model, tokenizer, config["mm_vision_select_layer"], PROJECTORS[config["mm_projector_type"]])
     fill_projector(model, projector, folder)
     settings = MllmSettings(
         codec="float2",  # of the boxes in LLaVA-1.5's data
@@ -116,7 +117,7 @@ def _whole(folder: Path, config: dict, tower: Path) -> tuple[PreTrainedModel, di
             ignore_mismatched_sizes=True,
         )
         check_loaded(info, folder)
-    return llm, parts["multi_modal_projector"], vision.eval()
+    return llm, layout.two_layers(parts["multi_modal_projector"]), vision.eval()
 
 
 def _adapted(folder: Path, llm: str | Path) -> PreTrainedModel:
@@ -151,17 +152,17 @@ def write_llava(source: str | Path, output: str | Path, tower: str | None = None
     settings = MllmSettings.read(source)
     model, tokenizer, settings = load_mllm(source, getattr(torch, settings.dtype))
     _check_writable(source, model, settings)
-    tower_folder = output / TOWER_FOLDER
+    tower_folder, width = output / TOWER_FOLDER, model.config.vision_config.hidden_size
     config = layout.write_config(
         model.config.text_config,
-        model.config.vision_config.hidden_size,
+        (next(name for name, act in PROJECTORS.items() if act == model.config.projector_hidden_act), width),
         tower or str(tower_folder.resolve()),
         settings.feature_layer,
         any("tower" in run for run in settings.trained),
         settings.dtype,
     )
     output.mkdir(parents=True, exist_ok=True)
-    state = {layout.to_llava(name): value.contiguous() for name, value in model.state_dict().items()}
+    state = layout.to_llava(model.state_dict(), linear=model.config.projector_hidden_act == "linear")
     export_vision(model.model.vision_tower, tower_folder, ClocProcessor(settings.image.processor(), None))
     if projector_only:
         projector = {name: value.clone() for name, value in state.items() if ".mm_projector." in name}
@@ -190,6 +191,7 @@ def _check_writable(source: str | Path, model: PreTrainedModel, settings: MllmSe
     problems = {
         f"its regions are '{settings.regions}'": settings.regions != "coords",
         f"its tower is of {kind}, not CLIP's": kind != "CLIPVisionConfig",
+        f"its language model is kept in {settings.llm_bits} bits": settings.llm_bits is not None,
         f"it projects the layers {settings.feature_layer}": not isinstance(settings.feature_layer, int),
         f"its geometry is {settings.image.mode}, not pad": settings.image.mode != "pad",
     }

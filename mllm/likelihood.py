@@ -11,7 +11,6 @@ from mllm.conversation import IMAGE, question_with_boxes
 from mllm.generation import GroundingModel
 
 
-@torch.inference_mode()
 def answer_likelihoods(
     model: GroundingModel, rows: list[tuple[Image.Image, str, list, str]], batch_size: int = 32
 ) -> list[float]:
@@ -19,8 +18,16 @@ def answer_likelihoods(
 
     rows: (picture, question, regions that it names, answer); rows side by side on one picture share nothing but its pixels
     """
+    return [value for value, _ in answer_scores(model, rows, batch_size)]
+
+
+@torch.inference_mode()
+def answer_scores(
+    model: GroundingModel, rows: list[tuple[Image.Image, str, list, str]], batch_size: int = 32
+) -> list[tuple[float, bool]]:
+    """As `answer_likelihoods`, each with whether greedy decoding would say this answer and end it."""
     tokens = [_ids(model, *row) for row in rows]
-    found: list[float] = [0.0] * len(rows)
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(tokens[i][0]))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -46,7 +53,7 @@ def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list
     return [*whole[:mark], *[model.image_token_id] * image_length, *whole[mark + 1 :]], len(prompt) - 1 + image_length
 
 
-def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: list[tuple]) -> list[float]:
+def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: list[tuple]) -> list[tuple[float, bool]]:
     longest = max(len(ids) for ids, _ in tokens)
     ids_BL = torch.full((len(tokens), longest), model.tokenizer.pad_token_id)
     mask_BL = torch.zeros_like(ids_BL)
@@ -60,5 +67,6 @@ def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: lis
     values = []
     for row, (ids, start) in enumerate(tokens):
         log_V = logits_BLV[row, start - 1 : len(ids) - 1].float().log_softmax(-1)
-        values.append(float(log_V.gather(-1, torch.tensor(ids[start:], device=device)[:, None]).double().sum()))
+        said = torch.tensor(ids[start:], device=device)
+        values.append((float(log_V.gather(-1, said[:, None]).double().sum()), bool((log_V.argmax(-1) == said).all())))
     return values

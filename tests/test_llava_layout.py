@@ -168,6 +168,28 @@ def test_a_projector_alone_in_both_directions(parts, read, tmp_path):
         read_llava(tmp_path / "out", tower=folder / "clip")
 
 
+def test_a_linear_projector_is_one_layer_there(parts, tmp_path):
+    folder, state = parts
+    mlp = {name: value for name, value in state.items() if "mm_projector" not in name}
+    linear = {"model.mm_projector.weight": torch.randn(24, 32).half(), "model.mm_projector.bias": torch.randn(24).half()}
+    mllm = read_llava(write_whole(tmp_path / "in", mlp | linear, folder / "vicuna", mm_projector_type="linear"), folder / "clip")
+    features = torch.randn(5, 32)
+    expected = features @ linear["model.mm_projector.weight"].float().T + linear["model.mm_projector.bias"].float()
+    torch.testing.assert_close(mllm.model.float().model.multi_modal_projector(features), expected)
+    save_mllm(tmp_path / "mllm", mllm.model, mllm.tokenizer, mllm.settings, torch.float16, None, mllm.sentencepiece_model)
+    write_llava(tmp_path / "mllm", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == (mlp | linear).keys() and all(torch.equal(written[name], linear[name]) for name in linear)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_projector_type"] == "linear"
+    torch.save(linear, tmp_path / "mm_projector.bin")
+    base = recipe(
+        folder, llm_preset=None, llm=str(folder / "vicuna"), template="vicuna_v1", projector=str(tmp_path / "mm_projector.bin")
+    )
+    assert build_mllm(MllmConfig(**base, projector_type="linear")).model.config.projector_hidden_act == "linear"
+    with pytest.raises(DataError, match="is of projector_type linear; pass that, or leave projector out"):
+        build_mllm(MllmConfig(**base))
+
+
 def test_lora_is_merged_and_its_names_are_checked(parts, tmp_path):
     folder, state = parts
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -237,7 +259,7 @@ def test_unused_missing_and_unfitting_parameters_are_named(parts, tmp_path, chan
 @pytest.mark.parametrize(
     "fields, sentence",
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear', only mlp2x_gelu is read"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu', only mlp2x_gelu or linear is read"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch', only patch"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', only pad"),
         ({"model_type": "llama"}, "model_type is 'llama'; it is of no LLaVA"),
