@@ -18,7 +18,7 @@ from PIL import Image
 
 from encoder.errors import DataError
 from mllm.checkpoint import load_mllm
-from mllm.conversation import IMAGE, question_with_boxes
+from mllm.conversation import IMAGE
 from mllm.generation import Box, GroundingModel
 from mllm.lora import quantize
 from mllm.packing import attends_to_all
@@ -77,11 +77,13 @@ class GroundingChat:
             quantize(model.model.language_model, bits, getattr(torch, settings.dtype))
         return cls(GroundingModel(_placed(model, device_map), tokenizer, settings))
 
-    def ask(self, image: Image.Image, question: str, regions: Sequence[Box] = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
+    def ask(
+        self, image: Image.Image, question: str, regions: Sequence[Box | dict] = (), max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> Answer:
         """One answer.
 
         question: `<region>` (in order) or `<region:i>` names a box of `regions`
-        regions: boxes, xyxy in pixels of the picture
+        regions: boxes, xyxy in pixels of the picture, or objects with `box`, `point` or `mask`, as in a record
         """
         return self.ask_many([image], [question], [regions], max_new_tokens=max_new_tokens)[0]
 
@@ -89,7 +91,7 @@ class GroundingChat:
         self,
         images: Sequence[Image.Image],
         questions: Sequence[str],
-        regions: Sequence[Sequence[Box]] | None = None,
+        regions: Sequence[Sequence[Box | dict]] | None = None,
         batch_size: int = 8,
         max_new_tokens: int = MAX_NEW_TOKENS,
         progress: bool = False,
@@ -100,7 +102,7 @@ class GroundingChat:
         return [self._answer(*item) for item in zip(texts, questions, images, strict=True)]
 
     def stream(
-        self, image: Image.Image, question: str, regions: Sequence[Box] = (), max_new_tokens: int = MAX_NEW_TOKENS
+        self, image: Image.Image, question: str, regions: Sequence[Box | dict] = (), max_new_tokens: int = MAX_NEW_TOKENS
     ) -> Iterator[str | Answer]:
         """The pieces of the answer's text as they come, and at last the `Answer`, whose text they add up to.
 
@@ -113,15 +115,15 @@ class GroundingChat:
         return Talk(self, image)
 
     def _answer(self, text: str, question: str, image: Image.Image) -> Answer:
-        boxes, spans, unread = [], [], []
-        for start, end in self.model.codec.spans(text):
+        written, read, unread = self.model.codec.spans(text), [], []
+        for (start, end), phrase in zip(written, phrases_of(text, written, question), strict=True):
             box, reason = self.model.decode_box(text[start:end], image.size)
             if box is None:
                 unread.append(f"{text[start:end]}: {reason}")
             else:
-                boxes.append(box)
-                spans.append((start, end))
-        return Answer(text, boxes, phrases_of(text, spans, question), spans, unread)
+                read.append((box, phrase, (start, end)))
+        boxes, phrases, spans = map(list, zip(*read, strict=True)) if read else ([], [], [])
+        return Answer(text, boxes, phrases, spans, unread)
 
 
 def _placed(model: torch.nn.Module, device_map: str | dict) -> torch.nn.Module:
@@ -158,24 +160,25 @@ class Talk:
     def __init__(self, chat: GroundingChat, image: Image.Image):
         self.messages: list[dict[str, str]] = []
         self._chat, self._model, self._image = chat, chat.model, image
+        self._asked: list[tuple[str, list]] = []  # questions and their regions
         self._read: list[int] = []  # tokens whose keys and values `_state` holds
         self._state = None
 
-    def ask(self, question: str, regions: Sequence[Box] = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
+    def ask(self, question: str, regions: Sequence[Box | dict] = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
         """The next turn; as `GroundingChat.ask`."""
         *_, answer = self.stream(question, regions, max_new_tokens)
         return answer
 
     @torch.inference_mode()
-    def stream(self, question: str, regions: Sequence[Box] = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str | Answer]:
+    def stream(
+        self, question: str, regions: Sequence[Box | dict] = (), max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> Iterator[str | Answer]:
         """The next turn; as `GroundingChat.stream`. An answer that is broken off stays in the talk as far as it came."""
         model, tokenizer = self._model, self._model.tokenizer
-        if IMAGE in question:
-            raise DataError(f"question '{question}' holds the mark {IMAGE}, which is put in by itself; leave it out")
-        geometry = model.settings.image.geometry(*self._image.size)
-        content = question_with_boxes(question, list(regions), geometry, model.codec)
+        content = model.question_text(self._image, question, list(regions))
         messages = [*self.messages, {"role": "user", "content": content if self.messages else f"{IMAGE}\n{content}"}]
         ids = self._prompt_ids(messages, max_new_tokens)
+        self._asked.append((question, list(regions)))
         new, said, text = [], "", ""
         try:
             for token in self._decode(ids, max_new_tokens):
@@ -217,15 +220,27 @@ class Talk:
         elif shared < len(self._read):
             self._state.crop(shared - len(self._read))  # a negative number is how many to forget
         read, feed = ids[:shared], ids[shared:]
-        pixels = {} if shared else {"pixel_values": self._model._pixels([self._image])}
+        more = self._region_features(feed)
+        if not shared:
+            more["pixel_values"] = self._model._pixels([self._image])
         for _ in range(max_new_tokens):
             self._read = []  # and so it stays if the run is broken off half way
             fed = torch.tensor([feed], device=device)
-            out = model(input_ids=fed, past_key_values=self._state, use_cache=True, logits_to_keep=1, **pixels)
-            self._state, pixels = out.past_key_values, {}
+            out = model(input_ids=fed, past_key_values=self._state, use_cache=True, logits_to_keep=1, **more)
+            self._state, more = out.past_key_values, {}
             self._read = read = read + feed
             token = int(out.logits[0, -1].argmax())
             if token in self._model.end_ids:
                 return
             yield token
             feed = [token]
+
+    def _region_features(self, feed: list[int]) -> dict[str, torch.Tensor]:
+        """Features of the region marks among the last tokens of the talk, for a model that has region tokens."""
+        model = self._model
+        num_marks = feed.count(model.model.config.region_token_id) if model.region_token else 0
+        if not num_marks:
+            return {}
+        questions, regions = zip(*self._asked, strict=True)
+        found = model.region_features(list(questions), [self._image] * len(questions), list(regions))
+        return {name: value[-num_marks:] for name, value in found.items()}

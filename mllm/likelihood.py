@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from encoder.errors import DataError
-from mllm.conversation import IMAGE, question_with_boxes
+from mllm.conversation import IMAGE
 from mllm.generation import GroundingModel
 
 
@@ -38,8 +38,7 @@ def answer_scores(
 
 def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list, answer: str) -> tuple[list[int], int]:
     """Tokens of the whole conversation, the picture's mark widened, and where the answer starts."""
-    geometry = model.settings.image.geometry(*image.size)
-    content = IMAGE + "\n" + question_with_boxes(question, regions, geometry, model.codec, model.region_token)
+    content = IMAGE + "\n" + model.question_text(image, question, regions)
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     options = {"tokenize": True, "return_dict": True}
     prompt = model.tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)["input_ids"]

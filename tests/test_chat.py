@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from mllm_fixtures import recipe, write_conversations
 from PIL import Image
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -15,8 +16,9 @@ from encoder.data.scenes import PictureLibrary, SceneConfig, draw_scene
 from encoder.errors import DataError
 from mllm import Answer, GroundingChat
 from mllm.chat import phrases_of
+from mllm.config import MllmConfig
 from mllm.generation import GroundingModel
-from mllm.model import join
+from mllm.model import build_mllm, join
 
 MLLM = Path(__file__).parents[1] / "weights" / "mllm_cloc"
 
@@ -42,7 +44,7 @@ def asked():
     return images, questions, regions
 
 
-def naive(model: GroundingModel, image: Image.Image, messages: list[dict], max_new_tokens: int = 24) -> str:
+def naive(model: GroundingModel, image: Image.Image, messages: list[dict], max_new_tokens: int = 24, **more) -> str:
     """The answer to a whole conversation by the stock forward, without a cache."""
     ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     marks = [model.image_token_id] * model.model.config.image_seq_length
@@ -50,7 +52,7 @@ def naive(model: GroundingModel, image: Image.Image, messages: list[dict], max_n
     pixels, new = model.settings.image.pixels([image]), []
     with torch.no_grad():
         while len(new) < max_new_tokens:
-            new.append(int(model.model(input_ids=torch.tensor([ids + new]), pixel_values=pixels).logits[0, -1].argmax()))
+            new.append(int(model.model(input_ids=torch.tensor([ids + new]), pixel_values=pixels, **more).logits[0, -1].argmax()))
             if new[-1] == model.tokenizer.eos_token_id:
                 break
     return model.tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -82,6 +84,8 @@ def test_boxes_are_in_pixels_with_the_words_they_belong_to(chat, asked):
     assert found > 15
     outside = chat._answer("[100, 000, 300, 100] and [900, 100, 100, 300]", "Where?", Image.new("RGB", (80, 40)))
     assert outside.boxes == outside.phrases == [] and len(outside.unread) == 2
+    mixed = chat._answer("A [900, 100, 100, 300] and [250, 375, 750, 625]", "Where is it?", Image.new("RGB", (80, 40)))
+    assert (mixed.phrases, mixed.spans, len(mixed.unread)) == (["A"], [(27, 47)], 1)
     assert outside.unread[0].endswith("outside the picture") and "left edge" in outside.unread[1]
 
 
@@ -155,6 +159,32 @@ def test_a_talk_under_a_sliding_window(chat, asked):
     for turn in range(2):
         text = talk.ask(questions[turn], regions[turn], max_new_tokens=6).text
         assert text == naive(talk._model, images[0], talk.messages[:-1], 6)
+
+
+def test_a_talk_of_a_model_with_region_tokens(tiny_folder, tmp_path):
+    """Points and boxes named in several turns, their tokens in their places."""
+    write_conversations(tmp_path, 3)
+    mllm = build_mllm(MllmConfig(**recipe(tmp_path, tower=str(tiny_folder), region_tokens="prompter", max_length=400)))
+    for name, parameter in mllm.model.named_parameters():
+        if "language_model.layers" in name and parameter.ndim > 1:
+            parameter.data *= 8  # answers then depend on question and picture
+    head, config = mllm.model.lm_head.weight.data, mllm.model.config
+    head[[config.image_token_id, config.region_token_id]] = head[mllm.tokenizer.eos_token_id].clone()  # marks are never said
+    chat = GroundingChat(GroundingModel(mllm.model, mllm.tokenizer, mllm.settings))
+    image = Image.open(next((tmp_path / "images").glob("*.png"))).convert("RGB")
+    turns = [
+        ("Is <region> in <region>?", [(1, 2, 20, 30), {"point": [20, 20]}]),
+        ("Where?", []),
+        ("What is <region>?", [(5, 5, 30, 30)]),
+    ]
+    talk = chat.talk(image)
+    for number, (question, regions) in enumerate(turns):
+        text = talk.ask(question, regions, max_new_tokens=8).text
+        questions, named = zip(*turns[: number + 1], strict=True)
+        more = chat.model.region_features(list(questions), [image] * len(questions), list(named))
+        assert len(more["region_features"]) == (2, 2, 3)[number]
+        assert text == naive(chat.model, image, talk.messages[:-1], 8, **more)
+    assert chat.ask(image, *turns[0], max_new_tokens=8).text == talk.messages[1]["content"]
 
 
 def test_placed_by_a_map_and_in_four_bits(chat, asked):

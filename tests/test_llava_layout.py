@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from encoder.errors import DataError, run_main
+from mllm import training
 from mllm.checkpoint import load_mllm, save_mllm
 from mllm.config import MllmConfig
 from mllm.convert import read_llava, write_llava
@@ -154,7 +155,7 @@ def test_out_again_every_name_and_bit_is_the_same(parts, read, tmp_path):
 
 def test_a_projector_alone_in_both_directions(parts, read, tmp_path):
     folder, state = parts
-    write_llava(read, tmp_path / "out", projector_only=True)
+    write_llava(read, tmp_path / "out", kind="projector")
     projector = torch.load(tmp_path / "out" / "mm_projector.bin", weights_only=True)
     assert projector.keys() == PROJECTOR and all(torch.equal(projector[name], state[name]) for name in PROJECTOR)
     # Training may start from it: a file or its folder.
@@ -235,6 +236,38 @@ def test_a_tokenizer_of_our_own_survives_both_ways(parts, tmp_path):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
     again, text = read_llava(tmp_path / "out").tokenizer, "USER: Where is the red square? ASSISTANT: [012, 345, 678, 999]"
     assert again(text)["input_ids"] == mllm.tokenizer(text)["input_ids"] == pieces.encode(text)
+
+
+def test_lora_of_an_adapter_folder_goes_out_and_comes_back(parts, tmp_path):
+    folder, _ = parts
+    base = {
+        "llm_preset": None,
+        "llm": str(folder / "vicuna"),
+        "template": "vicuna_v1",
+        "max_length": 800,
+        "save_dtype": "float32",
+    }
+    lora = {"train": ["projector", "llm_lora"], "lora_rank": 4, "lora_alpha": 8.0, "save_adapter": True, "learning_rate": 0.05}
+    adapter = training.train(MllmConfig(**recipe(folder, output=str(tmp_path / "adapter"), max_steps=2, **base, **lora)))
+    write_llava(adapter, tmp_path / "out", kind="lora")
+    assert {"adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    names = torch.load(tmp_path / "out" / "adapter_model.bin", weights_only=True)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 380
+    again = read_llava(tmp_path / "out", llm=folder / "vicuna").model.float()
+    ours = load_mllm(adapter)[0]
+    before = language_model(folder).model.layers[0].mlp.up_proj.weight.float()
+    learned = ours.model.language_model.layers[0].mlp.up_proj.weight - before
+    assert learned.abs().max() > 1e-3
+    torch.testing.assert_close(again.model.language_model.layers[0].mlp.up_proj.weight - before, learned, atol=2e-4, rtol=0)
+    ids = torch.tensor([[1, *[ours.config.image_token_id] * 25, 20, 30]])
+    with torch.no_grad():
+        expected = ours(input_ids=ids, pixel_values=PIXELS).logits
+        torch.testing.assert_close(
+            again(input_ids=ids, pixel_values=PIXELS).logits[..., :380], expected[..., :380], atol=0.02, rtol=0.02
+        )
 
 
 @pytest.mark.parametrize(
