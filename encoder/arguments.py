@@ -9,6 +9,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Container
 from pathlib import Path
 
 import yaml
@@ -17,10 +18,11 @@ from encoder.errors import DataError
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """The docstring's `name: text` lines of a configuration class, continuation lines joined."""
+    """The `name: text` lines in the docstrings of a configuration class and its bases, continuation lines joined."""
     names = {field.name for field in dataclasses.fields(cls)}
     texts, current = {}, []
-    for line in (cls.__doc__ or "").splitlines():
+    lines = (line for base in reversed(cls.__mro__) for line in ["", *(base.__doc__ or "").splitlines()])
+    for line in lines:
         start = re.match(r"\s*((?:\w+, )*\w+): (.*)", line)
         if start and set(start[1].split(", ")) <= names:
             current = start[1].split(", ")
@@ -53,14 +55,26 @@ def _parse_value(annotation, text: str, name: str):
     return annotation(text)
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, title: str | None = None) -> None:
-    """One flag per field of `cls`; a flag left out is absent from the namespace, so a file's value is kept."""
+def add_fields(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    title: str | None = None,
+    names: Container[str] | None = None,
+    remark: str = "",
+) -> None:
+    """One flag per field of `cls`; a flag left out is absent from the namespace, so a file's value is kept.
+
+    names: of the fields that become flags; None is all of them
+    remark: follows each default in the help
+    """
     group, texts = parser.add_argument_group(title or cls.__name__), field_help(cls)
     for field in dataclasses.fields(cls):
+        if names is not None and field.name not in names:
+            continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         options = _options(field.type)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        note = "required" if required else f"default {default}"
+        note = "required" if required else f"default {default}{remark}"
         text = f"{texts.get(field.name, '')} ({note})".replace("%", "%%")
         is_list = any(typing.get_origin(option) is list for option in options)
         item = typing.get_args(field.type)[0] if len(options) == 1 and is_list else field.type
@@ -94,13 +108,17 @@ def read_recipe(path: str | Path, known: set[str]) -> dict:
 
 def build(cls: type, values: dict):
     """The subset of `values` that are fields of `cls`, as an instance; a missing required field is named."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    chosen = {key: value for key, value in values.items() if key in fields}
-    for name, field in fields.items():
+    for field in dataclasses.fields(cls):
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and name not in chosen:
-            raise DataError(f"'{name}' is not given; set it in the recipe or with --{name}")
-    return cls(**{name: _checked(fields[name].type, value, name) for name, value in chosen.items()})
+        if needed and field.name not in values:
+            raise DataError(f"'{field.name}' is not given; set it in the recipe or with --{field.name}")
+    return cls(**typed_values(cls, values))
+
+
+def typed_values(cls: type, values: dict) -> dict:
+    """The subset of `values` that are fields of `cls`, each as its field's type."""
+    types_of = {field.name: field.type for field in dataclasses.fields(cls)}
+    return {name: _checked(types_of[name], value, name) for name, value in values.items() if name in types_of}
 
 
 WORDS = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", list: "a list"}

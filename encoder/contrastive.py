@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize, softplus
 
 from encoder.distributed import gather, gather_counts, logsumexp_over_ranks, rank, sum_over_ranks, sum_to_owners
+from encoder.precision import upcast
 
 
 def contrastive_loss(
@@ -42,11 +43,11 @@ def contrastive_loss(
     counts = gather_counts(len(a_nE), a_nE.device)
     total = sum(counts)
     # Float32: a bf16 cosine times a scale of up to 100 is off by tenths of a logit.
-    a_nE, b_nE, scale = normalize(a_nE.float(), dim=-1), normalize(b_nE.float(), dim=-1), logit_scale.float()
+    a_nE, b_nE, scale = normalize(upcast(a_nE), dim=-1), normalize(upcast(b_nE), dim=-1), upcast(logit_scale)
     if logit_bias is None:
         loss_sum, masked = _Softmax.apply(a_nE, b_nE, scale, counts, threshold, block_size)
     else:
-        loss_sum, masked = _Sigmoid.apply(a_nE, b_nE, scale, logit_bias.float(), counts, threshold, block_size)
+        loss_sum, masked = _Sigmoid.apply(a_nE, b_nE, scale, upcast(logit_bias), counts, threshold, block_size)
     masked = masked if threshold is None else sum_over_ranks(masked)
     masked_fraction = masked / max(1, total * (total - 1))
     return loss_sum / max(1, total), {"count": total, "masked_fraction": masked_fraction}

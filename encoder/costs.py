@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, CLIPConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from encoder.config import PRESETS, ClocConfig
-from encoder.errors import DataError
 from encoder.losses import LossConfig
 from encoder.model import ADDED, ClocModel
 from encoder.patch_dropout import kept_patches, only_patches
-from encoder.pretrained import folder_kind
+from encoder.pretrained import WHOLE
 from encoder.pretraining_config import PretrainConfig
+from encoder.siglip import ClocSiglipModel
+from encoder.start import start_config
 
 REGION_TEXT_TOKENS = 16  # what a region's text is taken to be long; captions are taken at the text tower's full length
 LOSS_PRODUCTS = 6  # matrix products of a contrastive loss in blocks, forward and backward
@@ -142,37 +142,22 @@ def state_bytes(model: nn.Module, stage: int | None, processes: int, ema: bool =
     }
 
 
-def encoder_config(config: PretrainConfig, loss_config: LossConfig) -> ClocConfig:
-    """The configuration of the model that a pretraining run trains, read without its weights."""
-    fields = config.region_fields()
-    if loss_config.contrastive == "sigmoid":
-        fields["logit_bias_init_value"] = -10.0
-    if not config.init:
-        if config.preset not in PRESETS:
-            raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
-        return PRESETS[config.preset](vocab_size=config.vocab_size, **fields)
-    kind = folder_kind(config.init)
-    if kind == "cloc":
-        return ClocConfig.from_pretrained(config.init, **fields)
-    if kind == "clip":
-        base = CLIPConfig.from_pretrained(config.init).to_dict()
-        return ClocConfig(**{**{k: v for k, v in base.items() if k not in ("model_type", "architectures")}, **fields})
-    raise DataError(f"{config.init} holds a {kind} model; an estimate needs a CLIP or CLOC folder, see convert_checkpoint.py")
-
-
-def meta_encoder(config: PretrainConfig, loss_config: LossConfig) -> ClocModel:
+def meta_encoder(config: PretrainConfig, loss_config: LossConfig) -> ClocModel | ClocSiglipModel:
     """The model to be trained, without data, in the precision of the run; what does not learn has no gradient."""
+    start = start_config(config, loss_config)
     with torch.device("meta"):
-        model = ClocModel(encoder_config(config, loss_config)).train()
+        model = WHOLE[start.model_type](start).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad = config.objective == "cloc" or not name.startswith(ADDED)
     return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
 
 
-def encoder_cost(model: ClocModel, config: PretrainConfig) -> Cost:
+def encoder_cost(model: ClocModel | ClocSiglipModel, config: PretrainConfig) -> Cost:
     """Per image with `max_boxes` regions. `model` of `meta_encoder`."""
     vision, text = model.config.vision_config, model.config.text_config
     embeddings, side, length = model.vision_model.embeddings, vision.image_size, text.max_position_embeddings
+    is_siglip = isinstance(model, ClocSiglipModel)  # its texts are padded to the full length
+    region_length = length if is_siglip else min(REGION_TEXT_TOKENS, length)
     patches = kept_patches(range(1), 0, 0, embeddings.num_patches, config.patch_dropout) if config.patch_dropout else None
 
     def loss_of() -> Tensor:
@@ -182,7 +167,7 @@ def encoder_cost(model: ClocModel, config: PretrainConfig) -> Cost:
             regions = {
                 "boxes": torch.zeros(count, 4),
                 "image_index": torch.zeros(count, dtype=torch.long),
-                "region_input_ids": torch.zeros(count, min(REGION_TEXT_TOKENS, length), dtype=torch.long),
+                "region_input_ids": torch.zeros(count, region_length, dtype=torch.long),
             }
         pixels, ids = torch.zeros(1, 3, side, side, dtype=model.dtype), torch.zeros(1, length, dtype=torch.long)
         with only_patches(embeddings, None if patches is None else patches.to("meta")):
@@ -193,13 +178,13 @@ def encoder_cost(model: ClocModel, config: PretrainConfig) -> Cost:
         return measure_cost(model, loss_of)
 
 
-def contrastive_flops(model: ClocModel, config: PretrainConfig, processes: int) -> int:
+def contrastive_flops(model: ClocModel | ClocSiglipModel, config: PretrainConfig, processes: int) -> int:
     """Of a step's contrastive losses on one process: its rows against the rows of all."""
     rows = config.batch_size**2 + ((config.batch_size * config.max_boxes) ** 2 if config.objective == "cloc" else 0)
     return LOSS_PRODUCTS * 2 * rows * model.config.projection_dim // processes
 
 
-def loss_bytes(model: ClocModel, config: PretrainConfig, loss_config: LossConfig) -> int:
+def loss_bytes(model: ClocModel | ClocSiglipModel, config: PretrainConfig, loss_config: LossConfig) -> int:
     """Of the features of all processes, images and texts, values and gradients, in float32, and of the blocks of logits."""
     rows = config.batch_size * (1 + (config.max_boxes if config.objective == "cloc" else 0))
     return rows * model.config.projection_dim * 2 * 2 * 4 + 16 * min(loss_config.block_size, rows) ** 2

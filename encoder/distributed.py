@@ -53,6 +53,15 @@ def gather(local: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def gather_lines(lines: list[str]) -> list[str]:
+    """The texts of all ranks, in rank order. A rank waits here for the slowest."""
+    if world_size() == 1:
+        return lines
+    parts = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, lines)
+    return [line for part in parts for line in part]
+
+
 def sum_to_owners(values: Tensor, counts: list[int]) -> Tensor:
     """The way back of `gather`: every rank's (sum of n_r, ...) are added up, and a rank gets its own rows (n_r, ...).
 

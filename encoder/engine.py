@@ -33,9 +33,11 @@ def make_engine(model: ClocModel, config: PretrainConfig, max_logit_scale: float
     if config.gradient_checkpointing:
         recompute_layers(model)
     reshape_scalars(model, (1,))
+    plain = config.zero_stage == 0 and config.precision == "fp32"  # DeepSpeed has no optimizer of its own around ours then
     optimizer = PretrainAdamW(
         parameter_groups(model, config.weight_decay, max_logit_scale),
         ema_decay=config.ema_decay,
+        max_grad_norm=config.max_grad_norm if plain else None,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
@@ -55,9 +57,8 @@ def make_engine(model: ClocModel, config: PretrainConfig, max_logit_scale: float
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": share // micro_batch_size,
-        "gradient_clipping": config.max_grad_norm,
+        "gradient_clipping": 0.0 if plain else config.max_grad_norm,
         "bf16": {"enabled": config.precision == "bf16"},
-        # A ZeRO stage needs a partitioned optimizer; with fp32 on one process stage 0 is plain AdamW.
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
     }
@@ -67,6 +68,8 @@ def make_engine(model: ClocModel, config: PretrainConfig, max_logit_scale: float
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         config=settings,
     )
+    if plain and world_size() == 1:
+        engine.enable_backward_allreduce = False  # nothing to add up, but each gradient would be copied there and back
     if config.compile:
         compile_layers(model, engine.device)
     return engine

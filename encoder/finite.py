@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from encoder.data.batches import RegionBatches
-from encoder.distributed import gather, rank, world_size
+from encoder.distributed import gather, gather_lines, rank, world_size
 from encoder.errors import DataError
 from encoder.model import ClocOutput
 
@@ -33,7 +33,7 @@ def check_finite(window: list[dict], first_step: int, batches: RegionBatches, ou
     """
     codes = []
     for report in window:
-        numbers = [torch.as_tensor(report[key]).float() for key in ("loss", "grad_norm") if key in report]
+        numbers = [torch.as_tensor(report[key]).float() for key in ("loss", "grad_norm")]
         bad_numbers = ~torch.isfinite(torch.stack(numbers)).all()
         codes.append(torch.where(report["bad_features"], 2, bad_numbers.long()))
     codes_RS = gather(torch.stack(codes)[None], [1] * world_size()).cpu()  # ranks, steps
@@ -44,12 +44,8 @@ def check_finite(window: list[dict], first_step: int, batches: RegionBatches, ou
     guilty = [number for number, code in enumerate(found) if code == 2]
     ranks = guilty or list(range(world_size()))
     what = f"a feature of rank {' and '.join(map(str, guilty))}" if guilty else "the loss or the gradient, of finite features,"
-    records, share = batches.indices(step), batches.batch_size // batches.world_size
-    lines = [
-        f"rank {number}: {batches.dataset.where(index)}"
-        for number in ranks
-        for index in records[number * share : (number + 1) * share]
-    ]
+    # All know by now that they end here, so the ranks whose batches it was have the time to look their records up.
+    lines = gather_lines(_records(batches, step) if rank() in ranks else [])
     if rank() == 0:
         (output / NAMES_FILE).write_text("\n".join([f"step {step}", *lines]) + "\n")
     raise DataError(
@@ -57,3 +53,14 @@ def check_finite(window: list[dict], first_step: int, batches: RegionBatches, ou
         f"{', ...' if len(lines) > 3 else ''}), all listed in {output / NAMES_FILE}: look at them, lower learning_rate, or go "
         f"on from the last checkpoint in {output} with other data"
     )
+
+
+def _records(batches: RegionBatches, step: int) -> list[str]:
+    """The records of this rank's part of a batch, a line each: what was read, also in place of a broken one."""
+    share, lines = batches.batch_size // batches.world_size, []
+    for index in batches.indices(step, batches.rank * share, (batches.rank + 1) * share):
+        try:
+            lines.append(f"rank {batches.rank}: {batches.dataset.where(index)}")
+        except (DataError, OSError) as error:  # the other ranks wait, and the others' records are known
+            lines.append(f"rank {batches.rank}: record {index}, which cannot be looked up ({error})")
+    return lines

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import SiglipModel
+from transformers import CLIPConfig, SiglipConfig
 
 from encoder.config import ClocConfig, ClocSiglipConfig
 from encoder.errors import DataError
 from encoder.from_open_clip import load_open_clip
 from encoder.model import ClocModel
-from encoder.pretrained import folder_kind, load_encoder
+from encoder.pretrained import WHOLE, folder_kind, load_encoder
 from encoder.siglip import ClocSiglipModel
 
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
@@ -44,17 +44,14 @@ def from_clip(
         raise DataError(f"{source} is in Hugging Face's format, whose config.json says everything; drop the open_clip options")
     else:
         clip = load_encoder(source)
-    is_siglip = isinstance(clip, SiglipModel)
-    base = {key: value for key, value in clip.config.to_dict().items() if key not in ("model_type", "architectures")}
-    state = clip.state_dict()
-    if image_size is not None and image_size != clip.config.vision_config.image_size:
-        patch = clip.config.vision_config.patch_size
+    config, state = cloc_config(clip.config, **fields), clip.state_dict()
+    if image_size is not None and image_size != config.vision_config.image_size:
+        patch = config.vision_config.patch_size
         if image_size % patch:
             raise DataError(f"image_size {image_size} is no multiple of {source}'s patch of {patch} px; choose one")
-        state[POSITIONS] = resize_positions(state[POSITIONS], image_size // patch, num_class_tokens=0 if is_siglip else 1)
-        base["vision_config"]["image_size"] = image_size
-    config = (ClocSiglipConfig if is_siglip else ClocConfig)(**{**base, **fields})
-    model = (ClocSiglipModel if is_siglip else ClocModel)(config)
+        state[POSITIONS] = resize_positions(state[POSITIONS], image_size // patch, config.num_class_tokens)
+        config.vision_config.image_size = image_size
+    model = WHOLE[config.model_type](config)
     missing, unused = model.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.startswith(model.added)]
     if missing or unused:
@@ -65,6 +62,12 @@ def from_clip(
             if own is not None:
                 own.copy_(getattr(model, name))
     return model
+
+
+def cloc_config(stock: CLIPConfig | SiglipConfig, **fields) -> ClocConfig | ClocSiglipConfig:
+    """The configuration of a CLOC on the towers of a stock model."""
+    base = {key: value for key, value in stock.to_dict().items() if key not in ("model_type", "architectures")}
+    return (ClocSiglipConfig if isinstance(stock, SiglipConfig) else ClocConfig)(**{**base, **fields})
 
 
 def resize_positions(table_ND: Tensor, grid: int, num_class_tokens: int) -> Tensor:

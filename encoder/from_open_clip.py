@@ -167,14 +167,22 @@ def convert_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     return converted, unused
 
 
+def open_clip_as_stock(
+    source: str | Path, open_clip_config: str | Path | dict | None = None, quick_gelu: bool | None = None
+) -> CLIPConfig:
+    """The stock configuration of an `open_clip` folder or weights file, without its weights; see `from_clip`."""
+    model, _ = read_open_clip_config(source, open_clip_config)
+    _refuse_other_architectures(model, source)
+    return _clip_config(model, model.get("quick_gelu", False) if quick_gelu is None else quick_gelu)
+
+
 def load_open_clip(
     source: str | Path, open_clip_config: str | Path | dict | None = None, quick_gelu: bool | None = None
 ) -> CLIPModel:
     """A stock `CLIPModel` in float32, evaluation mode, from an `open_clip` folder or weights file; see `from_clip`."""
-    model, _ = read_open_clip_config(source, open_clip_config)
-    _refuse_other_architectures(model, source)
+    config = open_clip_as_stock(source, open_clip_config, quick_gelu)
     state, unused = convert_names(_read_weights(source))
-    clip = CLIPModel(_clip_config(model, model.get("quick_gelu", False) if quick_gelu is None else quick_gelu))
+    clip = CLIPModel(config)
     expected = {name: parameter.shape for name, parameter in clip.state_dict().items()}
     missing = sorted(expected.keys() - state.keys())
     wrong = [name for name, value in state.items() if name in expected and value.shape != expected[name]]

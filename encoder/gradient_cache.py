@@ -13,26 +13,7 @@ import torch
 from torch import Tensor
 
 from encoder.model import ClocOutput
-
-REGION_KEYS = {"boxes", "image_index", "region_input_ids", "region_attention_mask", "region_text_index"}
-
-
-def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Cuts a batch of `RegionBatches` into batches of `size` images (the last may have fewer), each with its own regions.
-
-    A text used by regions of two micro batches is in both.
-    """
-    parts = []
-    for first in range(0, len(batch["pixel_values"]), size):
-        part = {key: value[first : first + size] for key, value in batch.items() if key not in REGION_KEYS}
-        if "boxes" in batch:
-            mine = (batch["image_index"] >= first) & (batch["image_index"] < first + size)
-            used, text_index = batch["region_text_index"][mine].unique(return_inverse=True)
-            part |= {"boxes": batch["boxes"][mine], "image_index": batch["image_index"][mine] - first}
-            part |= {key: batch[key][used] for key in ("region_input_ids", "region_attention_mask")}
-            part["region_text_index"] = text_index
-        parts.append(part)
-    return parts
+from encoder.precision import upcast
 
 
 def cached_backward(
@@ -58,7 +39,7 @@ def cached_backward(
         _set_random_state(state)
         output = forward(part)
         terms = [
-            (getattr(output, name).float() * leaf.grad.float()).sum()
+            (upcast(getattr(output, name)) * upcast(leaf.grad)).sum()
             for name, leaf in vars(leaves).items()
             if leaf is not None and leaf.grad is not None  # a bias that the loss does not use has no gradient
         ]

@@ -15,6 +15,7 @@ from encoder.contrastive import contrastive_loss
 from encoder.distributed import gather_counts
 from encoder.errors import DataError
 from encoder.model import ClocOutput
+from encoder.precision import upcast
 
 GROUNDING_NORMS = ("mse", "l2", "l1_giou")
 
@@ -57,12 +58,12 @@ class LossConfig:
 def bounded_scale(logit_scale: Tensor, max_scale: float) -> Tensor:
     """exp(logit_scale) held at `max_scale` at most; the gradient goes through, so that a scale at the bound can come back."""
     excess = (logit_scale - math.log(max_scale)).clamp(min=0).detach()
-    return (logit_scale.float() - excess).exp()
+    return (upcast(logit_scale) - excess).exp()
 
 
 def grounding_loss(predicted_boxes: Tensor, boxes: Tensor, total: int, norm: str = "mse") -> Tensor:
     """This rank's share of Eq. 3 over `total` regions of all ranks: predicted and true (R, 4) xyxy in [0, 1]."""
-    predicted_boxes, boxes = predicted_boxes.float(), boxes.float()
+    predicted_boxes, boxes = upcast(predicted_boxes), upcast(boxes)
     if norm == "l1_giou":
         corners_R22 = predicted_boxes.unflatten(-1, (2, 2))  # the head is linear and may cross them
         ordered_R4 = torch.cat([corners_R22.amin(-2), corners_R22.amax(-2)], dim=-1)

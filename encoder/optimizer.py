@@ -26,25 +26,33 @@ class PretrainAdamW(torch.optim.AdamW):
     shards the average, saves it and restores it.
 
     ema_decay: of the average, which starts at the initial weights; 0 keeps none
+    max_grad_norm: the gradient is cut to this norm, 0 for no bound, and its norm kept where DeepSpeed looks for it; None
+        leaves both to the engine
     """
 
-    def __init__(self, groups: list[dict], ema_decay: float = 0.0, **options):
-        super().__init__(groups, **options)
-        self.ema_decay = ema_decay
+    def __init__(self, groups: list[dict], ema_decay: float = 0.0, max_grad_norm: float | None = None, **options):
+        super().__init__(groups, fused=True, **options)  # one pass over memory in place of a dozen
+        self.ema_decay, self.max_grad_norm = ema_decay, max_grad_norm
 
     @torch.no_grad()
     def step(self) -> None:
         updated = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.max_grad_norm is not None:
+            gradients = [p.grad for p, _ in updated]
+            self._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
+            if self.max_grad_norm:
+                torch._foreach_mul_(gradients, (self.max_grad_norm / (self._global_grad_norm + 1e-6)).clamp(max=1.0))
         # AdamW starts a parameter's state where it finds none, so the average joins it after the first step.
         initial = {p: p.clone() for p, _ in updated if self.ema_decay and not self.state[p]}
         super().step()
         for p, group in updated:
             if group.get("ceiling") is not None:
                 p.clamp_(max=group["ceiling"])
-            if self.ema_decay:
-                if p in initial:
-                    self.state[p]["ema"] = initial[p]
-                self.state[p]["ema"].lerp_(p, 1 - self.ema_decay)
+        if self.ema_decay:
+            for p, weights in initial.items():
+                self.state[p]["ema"] = weights
+            parameters = [p for p, _ in updated]
+            torch._foreach_lerp_([self.state[p]["ema"] for p in parameters], parameters, 1 - self.ema_decay)
 
 
 def averaged_weights(engine) -> dict[str, Tensor]:

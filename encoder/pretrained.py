@@ -10,10 +10,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, PreTrainedTokenizerBase, SiglipModel, SiglipVisionModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    PreTrainedTokenizerBase,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionModel,
+)
 
 from encoder.errors import DataError
-from encoder.from_open_clip import CONFIG_FILE, load_open_clip, read_open_clip_config
+from encoder.from_open_clip import CONFIG_FILE, load_open_clip, open_clip_as_stock, read_open_clip_config
 from encoder.model import ClocModel
 from encoder.processor import OPENAI_MEAN, OPENAI_STD, SIGLIP_MEAN, SIGLIP_STD, ClocImageProcessor, ClocProcessor
 from encoder.siglip import ClocSiglipModel
@@ -73,14 +82,26 @@ def load_encoder(source: str | Path, dtype: torch.dtype | str = torch.float32) -
 
     dtype: `auto` keeps the saved precision; weights of `open_clip` then come as float32
     """
+    kind = _whole_kind(source)
+    if kind == "open_clip":
+        return load_open_clip(source).to(torch.float32 if dtype == "auto" else dtype)
+    return load_strict(WHOLE[kind], source, dtype=dtype)
+
+
+def stock_config(source: str | Path) -> CLIPConfig | SiglipConfig:
+    """The configuration of a whole encoder, read without its weights; of `open_clip` as a stock CLIP's."""
+    kind = _whole_kind(source)
+    return open_clip_as_stock(source) if kind == "open_clip" else WHOLE[kind].config_class.from_pretrained(source)
+
+
+def _whole_kind(source: str | Path) -> str:
+    """`folder_kind`, where that is more than a vision tower."""
     kind = folder_kind(source)
     if kind in TOWERS:
         raise DataError(
             f"{source} holds a vision tower alone; text prompts and classification need the whole CLIP or CLOC folder"
         )
-    if kind == "open_clip":
-        return load_open_clip(source).to(torch.float32 if dtype == "auto" else dtype)
-    return load_strict(WHOLE[kind], source, dtype=dtype)
+    return kind
 
 
 def load_vision_tower(source: str | Path, dtype: torch.dtype = torch.float32) -> CLIPVisionModel | SiglipVisionModel:

@@ -3,6 +3,7 @@
 The data position is the step number (see `encoder.data.batches`), so a checkpoint of the engine and a step is everything.
 """
 
+import itertools
 import json
 import time
 from dataclasses import asdict
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from encoder.checkpoint import forget_after, load_training_state, save_training_state
+from encoder.checkpoint import TOKENIZER, forget_after, load_training_state, save_training_state
 from encoder.data.batches import RegionBatches, batch_loader
 from encoder.distributed import rank, sum_over_ranks, world_size
 from encoder.engine import make_engine
 from encoder.finite import bad_features, check_finite
-from encoder.gradient_cache import cached_backward, micro_batches
+from encoder.gradient_cache import cached_backward
 from encoder.losses import LossConfig, bounded_scale, cloc_losses
 from encoder.model import ClocModel, ClocOutput
 from encoder.patch_dropout import kept_patches, only_patches
@@ -27,11 +28,12 @@ from encoder.pretraining_config import PretrainConfig
 from encoder.processor import ClocProcessor
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, batch: dict, loss_config: LossConfig) -> dict:
-    """Forward, backward and update on this rank's part of a batch; returns the report of `cloc_losses`, and more.
+def train_step(engine: deepspeed.DeepSpeedEngine, parts: list[dict], loss_config: LossConfig) -> dict:
+    """Forward, backward and update on this rank's share of a batch; returns the report of `cloc_losses`, and more.
 
-    batch: as `RegionBatches` gives it, and `kept_patches` (B, K) where the tower sees those patches alone
-    report: also the temperature, the gradient's norm (where the engine measures it) and `bad_features`
+    parts: the share's micro batches, as `RegionBatches` gives them, and in each `kept_patches` (B, K) where the tower sees
+        those patches alone
+    report: also the temperature, the gradient's norm and `bad_features`
     """
     embeddings = engine.module.vision_model.embeddings
 
@@ -56,15 +58,12 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batch: dict, loss_config: Loss
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()  # updates after the last micro batch
 
-    if engine.gradient_accumulation_steps() > 1:
-        parts = micro_batches(batch, engine.train_micro_batch_size_per_gpu())
+    if len(parts) > 1:
         report = cached_backward(parts, forward, loss_of, backward)
     else:
-        loss, report = loss_of(forward(batch), batch.get("boxes"), batch.get("image_index"))
+        loss, report = loss_of(forward(parts[0]), parts[0].get("boxes"), parts[0].get("image_index"))
         backward(loss)
-    norm = engine.get_global_grad_norm()
-    if norm is not None:
-        report["grad_norm"] = torch.as_tensor(norm, device=engine.device)
+    report["grad_norm"] = torch.as_tensor(engine.get_global_grad_norm(), device=engine.device)
     return report
 
 
@@ -80,16 +79,21 @@ def pretrain(
     writer = SummaryWriter(output / "tensorboard", purge_step=first_step or None) if is_main else None
     if is_main:
         forget_after(output / "log.jsonl", first_step)
+        batches.processor.tokenizer.save_pretrained(output / TOKENIZER)
         print(f"{config.objective}: steps {first_step} to {config.steps}, {config.batch_size} images a step", flush=True)
 
-    share = config.batch_size // world_size()
-    images = range(rank() * share, (rank() + 1) * share)
+    count, size = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
+    first_image = rank() * count * size  # of this rank, in the global batch
     num_patches = engine.module.vision_model.embeddings.num_patches
+    loader = batch_loader(batches, first_step, config.steps, config.workers, count)
     window, window_start, window_step = [], time.monotonic(), first_step
-    for step, batch in enumerate(batch_loader(batches, first_step, config.steps, config.workers), first_step):
-        if config.patch_dropout:
-            batch["kept_patches"] = kept_patches(images, step, config.seed, num_patches, config.patch_dropout)
-        window.append(train_step(engine, batch, loss_config))
+    for step in range(first_step, config.steps):
+        parts = list(itertools.islice(loader, count))
+        for first, part in zip(itertools.count(first_image, size), parts, strict=False):
+            if config.patch_dropout:
+                images = range(first, first + size)
+                part["kept_patches"] = kept_patches(images, step, config.seed, num_patches, config.patch_dropout)
+        window.append(train_step(engine, parts, loss_config))
         done = step + 1
         logs, saves = done % config.log_every == 0 or done == config.steps, done % config.save_every == 0 and done < config.steps
         if logs or saves:  # before it is saved: what is saved is finite

@@ -1,12 +1,15 @@
 """`PretrainConfig`: how an encoder is pretrained; the fields of `scripts/pretrain_encoder.py` and of its recipes."""
 
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+import argparse
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-import yaml
+from transformers import CLIPConfig
 
-from encoder.config import RegionConfig
+from encoder.arguments import add_fields, build, typed_values
+from encoder.config import ClocConfig
 from encoder.errors import DataError
+from encoder.losses import LossConfig
 
 
 @dataclass
@@ -20,9 +23,7 @@ class PretrainConfig:
     preset: size of a model trained from scratch, see encoder.config
     init: folder of a CLIP or CLOC checkpoint to start from, in place of a preset
     vocab_size: pieces of the tokenizer that a model from scratch trains on its own captions
-    prompter_readout: `mean` (the paper's) or `prompt`; None keeps the preset's
-    model_fields: other fields of encoder.config.RegionConfig that are not to be the preset's or the starting model's, as
-        `name=value` separated by blanks: `box_token=joint region_temperature=own`; of a name given twice the last counts
+    model_fields: fields of `ClocConfig` that the run sets, each a flag by its own name; the preset or `init` has the rest
     batch_size: images of the global batch
     micro_batch_size: images that a process runs at a time; the loss and its gradient stay those of the whole batch, for one
         more forward pass (encoder.gradient_cache). 0 runs its part of the batch at once
@@ -61,8 +62,7 @@ class PretrainConfig:
     preset: str = "nano"
     init: str | None = None
     vocab_size: int = 512
-    prompter_readout: str | None = None
-    model_fields: str | None = None
+    model_fields: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 32768
     micro_batch_size: int = 0
     max_boxes: int = 4
@@ -106,18 +106,21 @@ class PretrainConfig:
             raise DataError("ema_decay is given with zero_stage 0, where bf16 keeps no state to average; choose 1, 2 or 3")
         if self.compile and self.zero_stage == 3:
             raise DataError("compile is true with zero_stage 3, whose weights come and go within a layer; choose 0, 1 or 2")
-        self.region_fields()
 
-    def region_fields(self) -> dict:
-        """What `prompter_readout` and `model_fields` say, as fields of `RegionConfig`."""
-        known = {field.name for field in fields(RegionConfig)}
-        chosen = {} if self.prompter_readout is None else {"prompter_readout": self.prompter_readout}
-        for word in (self.model_fields or "").split():
-            name, equals, value = word.partition("=")
-            if not equals or name not in known:
-                near = get_close_matches(name, known, n=1)
-                names = f"write name=value with one of {', '.join(sorted(known))}"
-                hint = f"did you mean '{near[0]}'?" if near and equals else names
-                raise DataError(f"model_fields holds '{word}'; {hint}")
-            chosen[name] = yaml.safe_load(value)
-        return chosen
+
+MODEL_FIELDS = {field.name for field in fields(ClocConfig)} - {field.name for field in fields(CLIPConfig)}
+OWN_FIELDS = {field.name for cls in (PretrainConfig, LossConfig) for field in fields(cls)} - {"model_fields"}
+RUN_FIELDS = OWN_FIELDS | MODEL_FIELDS  # of a recipe
+
+
+def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each of `RUN_FIELDS`."""
+    add_fields(parser, PretrainConfig, names=OWN_FIELDS)
+    add_fields(parser, LossConfig)
+    add_fields(parser, ClocConfig, "ClocConfig: the model", MODEL_FIELDS, ", unless preset or init has another")
+
+
+def build_configs(values: dict[str, Any]) -> tuple[PretrainConfig, LossConfig]:
+    """The run that `values`, by names of `RUN_FIELDS`, describe; others are left alone."""
+    of_model = typed_values(ClocConfig, {name: value for name, value in values.items() if name in MODEL_FIELDS})
+    return build(PretrainConfig, {**values, "model_fields": of_model}), build(LossConfig, values)

@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoder.config import RegionConfig
+from encoder.precision import upcast
 
 
 def sinusoids(coordinates: Tensor, width: int, min_frequency: float, max_frequency: float) -> Tensor:
@@ -54,22 +55,31 @@ class PromptLayer(GradientCheckpointingLayer):
         prompt_RPD = self.layer_norm1(prompts_RPD)
         query_RPD, key_RPD, value_RPD = self.q_proj(prompt_RPD), self.k_proj(prompt_RPD), self.v_proj(prompt_RPD)
 
-        key_RKD = torch.cat([key_RPD, key_BND[image_index_R]], dim=1)
-        value_RKD = torch.cat([value_RPD, value_BND[image_index_R]], dim=1)
-        weights_RPK = (self.scale * query_RPD @ key_RKD.transpose(1, 2)).float().softmax(-1).to(value_RKD.dtype)
-        prompts_RPD = self._feed_forward(prompts_RPD + self.out_proj(weights_RPK @ value_RKD))
+        def of_regions(image_BNX: Tensor) -> Tensor:
+            """Each region's image, (R, N, X). A single image is not copied; the gradient of a copy adds whole rows."""
+            if len(image_BNX) == 1:
+                return image_BNX.expand(len(image_index_R), -1, -1)
+            return image_BNX.index_select(0, image_index_R)
+
+        logits_RPK = torch.cat([query_RPD @ key.transpose(1, 2) for key in (key_RPD, of_regions(key_BND))], dim=-1)
+        weights_RPK = upcast(self.scale * logits_RPK).softmax(-1).to(value_BND.dtype)
+        weights_RPP, weights_RPN = weights_RPK.tensor_split([prompts_RPD.shape[1]], dim=-1)
+        attended_RPD = weights_RPP @ value_RPD + weights_RPN @ of_regions(value_BND)
+        prompts_RPD = self._feed_forward(prompts_RPD + self.out_proj(attended_RPD))
         if not with_image:
             return prompts_RPD, None
 
         query_BND = self.q_proj(image_BND)
-        logits_BNN = (self.scale * query_BND @ key_BND.transpose(1, 2)).float()
+        logits_BNN = upcast(self.scale * query_BND @ key_BND.transpose(1, 2))
         attended_BND = logits_BNN.softmax(-1).to(value_BND.dtype) @ value_BND
-        logits_RNP = (self.scale * query_BND[image_index_R] @ key_RPD.transpose(1, 2)).float()
+        logits_RNP = upcast(self.scale * of_regions(query_BND) @ key_RPD.transpose(1, 2))
         # The joint softmax over [prompts, image] is one over P + 1 items: the prompts, and the image as a whole.
-        joint_RNQ = torch.cat([logits_RNP, logits_BNN.logsumexp(-1)[image_index_R][..., None]], dim=-1)
+        joint_RNQ = torch.cat([logits_RNP, of_regions(logits_BNN.logsumexp(-1, keepdim=True))], dim=-1)
         weights_RNQ = joint_RNQ.softmax(-1).to(value_BND.dtype)
-        attended_RND = weights_RNQ[..., :-1] @ value_RPD + weights_RNQ[..., -1:] * attended_BND[image_index_R]
-        return prompts_RPD, self._feed_forward(tokens_BND[image_index_R] + self.out_proj(attended_RND))
+        # Weights sum to 1, so the projection of a mixture is the mixture of projections: one per image, not per prompt.
+        mixed_RND = weights_RNQ[..., :-1] @ self.out_proj(value_RPD)
+        mixed_RND = torch.addcmul(mixed_RND, weights_RNQ[..., -1:], of_regions(self.out_proj(attended_BND)))
+        return prompts_RPD, self._feed_forward(of_regions(tokens_BND) + mixed_RND)
 
 
 class BoxInput(nn.Module):

@@ -21,6 +21,7 @@ from eval.processes import best_device
 from mllm.generation import GroundingModel
 from mllm.image_input import read_picture
 from mllm.likelihood import answer_likelihoods
+from mllm.regions import COORDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,8 +49,9 @@ class MllmAnswerer:
             "dtype": str(dtype).removeprefix("torch."),
             "image_size": settings.image.size,
             "feature_layer": settings.feature_layer,
-            "region_tokens": settings.regions,
         }
+        if settings.regions != COORDS:
+            self.record["region_tokens"] = settings.regions
 
     def ground(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
         """Asks where each target's expression is; one picture per target."""

@@ -3,7 +3,8 @@
     python eval/compare.py runs/eval_cloc runs/eval_clip --out runs/report
     python eval/compare.py cloc=A clip=B cloc_before=C clip_before=D --pairs cloc:clip cloc:cloc_before --out runs/report
 
-A run is the --out folder of the evaluations, with all benchmarks and splits it holds. Runs that were asked in another
+The paper's Tables 4 and 5 are laid out with the published rows above one's own, where a run has a column of them. A run is
+the --out folder of the evaluations, with all benchmarks and splits it holds. Runs that were asked in another
 way, or other questions, are refused. Where a run tried several ways to read a box, its best one is compared.
 """
 
@@ -24,8 +25,9 @@ from eval.comparison import (
     unshared,
     variants_compared,
 )
+from eval.paper_tables import as_latex, as_markdown, paper_tables, tex
 from eval.predictions import write_whole
-from eval.report_page import page, percent, signed, verdict
+from eval.report_page import p_value, page, percent, signed, verdict
 from eval.report_plots import METRIC_NAMES
 
 
@@ -37,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=6, help="pictures per group of the report (default: %(default)s)")
     parser.add_argument("--images", type=Path, help="folder of the pictures, if not where the evaluations found them")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for report.html and report.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.html, report.md, report.tex and report.json")
     return parser.parse_args()
 
 
@@ -58,6 +60,10 @@ def main() -> None:
     write_whole(args.out / "report.json", json.dumps(as_json(runs, rows, args), indent=1) + "\n")
     report = page(runs, pairs, rows, args.note, warnings, args.examples, args.images)
     write_whole(args.out / "report.html", report)
+    tables = paper_tables(runs)
+    text = [*map(as_markdown, tables), *(markdown_differences(rows, pair) for pair in pairs)]
+    write_whole(args.out / "report.md", "\n".join(text))
+    write_whole(args.out / "report.tex", "\n".join([*map(as_latex, tables), *(latex_differences(rows, pair) for pair in pairs)]))
     print(f"report: {args.out / 'report.html'}")
 
 
@@ -75,6 +81,41 @@ def terminal_table(rows: list[Row], pair: Pair) -> list[str]:
         text = signed(difference) + (" *" if difference.excludes_zero else "")
         lines.append(widths.format(row.name, METRIC_NAMES[row.metric], first, second, text, percent(row.chance), row.n))
     return lines
+
+
+def difference_cells(row: Row, pair: Pair) -> list[str]:
+    """A row of a pair's table: name, metric, both accuracies, difference, signs, n."""
+    first, second = (percent(row.accuracies[name].value) for name in (pair.first, pair.second))
+    signs = row.signs[pair]
+    return [
+        row.name,
+        METRIC_NAMES[row.metric],
+        first,
+        second,
+        signed(row.differences[pair]),
+        f"{signs.better} : {signs.worse}",
+        p_value(signs.p),
+        f"{row.n}",
+    ]
+
+
+def difference_titles(pair: Pair) -> list[str]:
+    return ["benchmark / split", "metric", pair.first, pair.second, f"{pair.title} [95%]", "pictures better : worse", "p", "n"]
+
+
+def markdown_differences(rows: list[Row], pair: Pair) -> str:
+    titles = difference_titles(pair)
+    lines = [f"## {pair.title}", "", "| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * (len(titles) - 2)]
+    lines += ["| " + " | ".join(difference_cells(row, pair)) + " |" for row in rows if pair in row.differences]
+    return "\n".join([*lines, ""])
+
+
+def latex_differences(rows: list[Row], pair: Pair) -> str:
+    titles = difference_titles(pair)
+    lines = [f"% {tex(pair.title)}", rf"\begin{{tabular}}{{ll{'r' * (len(titles) - 2)}}}", r"\toprule"]
+    lines += [" & ".join(map(tex, titles)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(tex, difference_cells(row, pair))) + r" \\" for row in rows if pair in row.differences]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def incomplete(runs: list[Run]) -> list[str]:
@@ -108,7 +149,8 @@ def as_json(runs: list[Run], rows: list[Row], args: argparse.Namespace) -> dict:
                 "chance": row.chance,
                 "accuracies": {name: asdict(interval) for name, interval in row.accuracies.items()},
                 "differences": [
-                    {"first": pair.first, "second": pair.second, **asdict(interval)} for pair, interval in row.differences.items()
+                    {"first": pair.first, "second": pair.second, **asdict(interval), "signs": asdict(row.signs[pair])}
+                    for pair, interval in row.differences.items()
                 ],
             }
             for row in rows

@@ -7,7 +7,7 @@ import numpy as np
 
 from encoder.errors import DataError
 from eval.judge import read_judged
-from eval.metrics import Interval
+from eval.metrics import Interval, SignTest
 from eval.predictions import Evaluation, find_evaluations, first_difference, load_evaluation
 from eval.scoring import Scored, score_questions
 
@@ -50,7 +50,7 @@ class Pair:
 class Row:
     """One line of the tables: a metric of one benchmark and split; n: questions, chance: accuracy without looking.
 
-    accuracies: by run name, absent where the run has no such evaluation; differences: by pair, absent likewise
+    accuracies: by run name, absent where the run has no such evaluation; differences, signs: by pair, absent likewise
     """
 
     name: str
@@ -59,6 +59,7 @@ class Row:
     chance: float
     accuracies: dict[str, Interval]
     differences: dict[Pair, Interval] = field(default_factory=dict)
+    signs: dict[Pair, SignTest] = field(default_factory=dict)
 
 
 def load_run(argument: str) -> Run:
@@ -189,7 +190,8 @@ def compare(runs: list[Run], pairs: list[Pair], seed: int = 0) -> list[Row]:
                 for pair in pairs
                 if pair.first in scored and pair.second in scored
             }
-            rows.append(Row(name, metric, len(any_run.ids), any_run.chance[metric], accuracies, differences))
+            signs = {pair: scored[pair.first].signs(scored[pair.second], metric) for pair in differences}
+            rows.append(Row(name, metric, len(any_run.ids), any_run.chance[metric], accuracies, differences, signs))
     return rows
 
 

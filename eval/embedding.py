@@ -1,8 +1,9 @@
-"""Any CLIP or CLOC folder as what evaluations need of it: unit embeddings of pictures and of texts.
+"""Any CLIP or CLOC folder as what evaluations need of it: unit embeddings of pictures and of texts; and their flags.
 
 B images, T texts, E joint space, K classes.
 """
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +16,49 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from encoder.errors import DataError
+from encoder.geometry import MODES
 from encoder.pretrained import load_encoder, load_processor, weights_hash
 from encoder.processor import ClocProcessor
 from eval.answering import best_device
+from eval.scoring import score_folder, score_line, score_run
 
 TEXTS_AT_ONCE = 256
+WHOLE_PICTURE = ("pad", "squash")  # geometries that leave every box in the picture
 Item, Read = TypeVar("Item"), TypeVar("Read")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, limit: str, batch_size: int = 64, geometries: tuple[str, ...] = MODES) -> None:
+    """The flags that every evaluation of an encoder has.
+
+    limit: what `--limit` keeps, for the help; geometries: that the evaluation can be asked with
+    """
+    parser.add_argument("--model", type=Path, help="folder of a CLOC or of any CLIP")
+    parser.add_argument("--geometry", choices=geometries, help="instead of the model's own; a stock CLIP gets 'pad'")
+    parser.add_argument("--limit", type=int, help=f"only {limit}; the result is marked PARTIAL")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="pictures per batch (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; several benchmarks may share one")
+    parser.add_argument("--score-only", action="store_true", help="score all answers in --out again, without a model")
+
+
+def run_evaluation(
+    args: argparse.Namespace, needed: tuple[str, ...], evaluate: Callable[[argparse.Namespace], list[Path]]
+) -> None:
+    """`evaluate(args)`, and a line with the score of each folder that it returns; with --score-only of all below --out.
+
+    needed: flags beside --model that `evaluate` cannot do without
+    """
+    if args.score_only:
+        return score_run(args.out)
+    flags = ["model", *needed]
+    if any(getattr(args, flag) is None for flag in flags):
+        *others, last = (f"--{flag}" for flag in flags)
+        raise DataError(f"{', '.join(others)} and {last} are needed, unless --score-only is given")
+    folders = evaluate(args)
+    for folder in folders:
+        print(score_line(score_folder(folder)))
+    print(f"answers and scores: {folders[0] if len(folders) == 1 else args.out}")
 
 
 class Embedder:

@@ -12,10 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from encoder.errors import DataError, run_main
-from encoder.geometry import MODES
-from eval.embedding import Embedder
+from eval.embedding import Embedder, add_run_flags, run_evaluation
 from eval.retrieval import TEXTS, Directions, Picture, evaluate_retrieval
-from eval.scoring import score_run
 from eval.zero_shot import picture_size
 from mllm.image_input import read_picture
 
@@ -29,31 +27,25 @@ PUBLISHED = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a CLOC or of any CLIP")
     parser.add_argument("--annotations", type=Path, help="dataset_coco.json or dataset_flickr30k.json")
     parser.add_argument("--images", type=Path, help="folder of the pictures; COCO's holds val2014 and train2014")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--texts", choices=TEXTS, default="each", help="whether equal captions are one (default: %(default)s)")
-    parser.add_argument("--geometry", choices=MODES, help="instead of the model's own; a stock CLIP gets 'pad'")
-    parser.add_argument("--limit", type=int, help="only the first pictures; the result is marked PARTIAL")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures per batch (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; several benchmarks may share one")
-    parser.add_argument("--score-only", action="store_true", help="score all answers in --out again, without a model")
+    add_run_flags(parser, "the first pictures")
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_arguments()
-    if args.score_only:
-        return score_run(args.out)
-    if args.model is None or args.annotations is None or args.images is None:
-        raise DataError("--model, --annotations and --images are needed, unless --score-only is given")
+    run_evaluation(parse_arguments(), ("annotations", "images"), evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> list[Path]:
+    """The folders of the answers in both directions."""
     rows = read_karpathy(args.annotations, args.split)
     pictures = [open_picture(args.images, name, captions) for name, captions in rows[: args.limit]]
     embedder = Embedder(args.model, args.device, args.geometry)
     name = f"{args.annotations.stem.removeprefix('dataset_')}-{args.split}"
-    evaluate_retrieval(
+    return evaluate_retrieval(
         pictures,
         args.texts,
         Directions(args.out, ("text_to_image", "image_to_text"), name),

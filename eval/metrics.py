@@ -8,6 +8,7 @@ N questions, K classes, C images (clusters), S bootstrap samples, Q queries of a
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist
 
 import numpy as np
@@ -113,6 +114,28 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     centre = (hits + z2 / 2) / (n + z2)
     half = np.sqrt(z2 * (hits * (n - hits) / n + z2 / 4)) / (n + z2)
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+@dataclass(frozen=True)
+class SignTest:
+    """On how many pictures the first is better and worse, and the two-sided probability of so uneven a split by chance."""
+
+    better: int
+    worse: int
+    p: float
+
+
+def sign_test(difference_N: np.ndarray, images_N: np.ndarray) -> SignTest:
+    """Of the sum of `difference_N` (N,) per picture that `images_N` (N,) names; pictures without a difference are left out."""
+    _, cluster = np.unique(images_N, return_inverse=True)
+    total = np.bincount(cluster, np.asarray(difference_N, np.float64)).round(9)
+    better, worse = int((total > 0).sum()), int((total < 0).sum())
+    n, tail = better + worse, min(better, worse)
+    term = cases = 1  # whole numbers: exact for any n
+    for k in range(1, tail + 1):
+        term = term * (n - k + 1) // k
+        cases += term
+    return SignTest(better, worse, min(1.0, float(Fraction(2 * cases, 2**n))))
 
 
 def mean_interval(values_N: np.ndarray, images_N: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Interval:

@@ -209,7 +209,7 @@ def as_line(row: Target | Prediction) -> str:
 def load_evaluation(folder: Path) -> Evaluation:
     """Reads one folder and joins its predictions to its targets by id.
 
-    Raises DataError for an id that is missing, doubled or unknown, and for a line that cannot be read.
+    Raises DataError for an id that is missing, doubled, unknown or of another picture, and for a line that cannot be read.
     """
     folder = Path(folder)
     run = read_run(folder)
@@ -226,6 +226,12 @@ def load_evaluation(folder: Path) -> Evaluation:
             f"{path}: {len(missing)} of {len(targets)} questions are not answered (the first is id {missing[0]}); "
             "run the evaluation again with the same --out to go on"
         )
+    for target in targets:
+        if by_id[target.id].image != target.image:
+            raise DataError(
+                f"{path}: id {target.id} is answered about {by_id[target.id].image}, the question is about {target.image}; "
+                "these are predictions of another split or data set"
+            )
     if len(by_id) > len(targets):
         unknown = next(iter(by_id.keys() - {target.id for target in targets}))
         raise DataError(f"{path}: id {unknown} answers no question of targets.jsonl; remove the folder and evaluate again")

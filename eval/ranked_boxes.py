@@ -88,7 +88,12 @@ def _detections(path: Path) -> list | None:
 
 
 class RankingAnswerer:
-    """Answers with the best candidate, and keeps the first ten."""
+    """Answers with the best candidate, and keeps the first ten.
+
+    suffix: of the benchmark's name, since pointing freely is another task
+    """
+
+    suffix = "_ranking"
 
     def __init__(self, args: argparse.Namespace, candidates: Candidates):
         self.embedder = Embedder(args.model, args.device, args.geometry)

@@ -50,25 +50,29 @@ def make_parts(args: argparse.Namespace, records: list[dict], digest: str) -> li
     if unknown:
         raise DataError(f"--split {sorted(unknown)[0]} is no kind of region; choose among {', '.join(KINDS)}")
     orders = (0, 1) if args.orders == "both" else (None,)
-    targets = [
-        Target(
-            f"{row['id']}-{order if order is not None else index % 2}",
-            row["image"],
-            row["width"],
-            row["height"],
-            "",
-            tuple(row["box"]),
-            row["name"],
-            row["frequency"],
-            answers=(spoken(row["name"]), *row["synonyms"]),
-            choices=(spoken(row["name"]), spoken(row["negative"]))[:: -1 if (index % 2 if order is None else order) else 1],
-        )
-        for index, row in enumerate(records)
-        for order in orders
-    ]
+
+    def targets(kind: str) -> list[Target]:
+        return [
+            Target(
+                f"{row['id']}-{order if order is not None else index % 2}",
+                row["image"],
+                row["width"],
+                row["height"],
+                "",
+                tuple(row["box"]),
+                row["name"],
+                row["frequency"],
+                answers=(spoken(row["name"]), *row["synonyms"]),
+                choices=(spoken(row["name"]), spoken(row["negative"]))[:: -1 if (index % 2 if order is None else order) else 1],
+                region=None if kind == "box" else {KINDS[kind]: row[kind]},
+            )
+            for index, row in enumerate(records)
+            for order in orders
+        ]
+
     name = "reflvis" if args.decide == "generation" else "reflvis_likelihood"
     protocol = {"records_sha256": digest, "decide": args.decide, "orders": args.orders}
-    return [Part(name, kind, "choice", targets, "own data", protocol) for kind in args.split or KINDS]
+    return [Part(name, kind, "choice", targets(kind), "own data", protocol) for kind in args.split or KINDS]
 
 
 def spoken(name: str) -> str:
@@ -84,22 +88,20 @@ def main() -> None:
     )
     parser.add_argument("--scorer", choices=("ours", "ferret"), default="ours", help="whose rule is printed; both are kept")
     args = parser.parse_args()
-    regions: dict[str, dict] = {}
 
-    def parts() -> list[Part]:
-        records, digest = read_records(args)
-        regions.update({str(row["id"]): row for row in records})
-        return make_parts(args, records, digest)
+    def question(target: Target) -> tuple[str, list]:
+        return QUESTION.format(*target.choices), [target.region or target.box]
 
     def ask(answerer, part: Part):
-        def question(target: Target) -> tuple[str, list]:
-            region = {KINDS[part.split]: regions[target.id.rpartition("-")[0]][part.split]}
-            return QUESTION.format(*target.choices), [region]
-
         mllm = needs_words(answerer, args.model)
         return mllm.chooses(question) if args.decide == "likelihood" else mllm.asks(question)
 
-    run_benchmark(args, parts, ask=ask, metrics=("ferret_rule",) if args.scorer == "ferret" else None)
+    run_benchmark(
+        args,
+        lambda: make_parts(args, *read_records(args)),
+        ask=ask,
+        metrics=("ferret_rule",) if args.scorer == "ferret" else None,
+    )
 
 
 if __name__ == "__main__":

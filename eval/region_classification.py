@@ -19,44 +19,37 @@ from tqdm import tqdm
 from encoder.data.sources.published import PUBLISHED, completeness
 from encoder.errors import DataError, run_main
 from eval.coco_files import Annotation, Instances, check_images, read_instances
-from eval.embedding import Embedder, name_classifier, read_ahead
+from eval.embedding import WHOLE_PICTURE, Embedder, add_run_flags, name_classifier, read_ahead, run_evaluation
 from eval.predictions import Prediction, PredictionLog, Target
 from eval.prompt_templates import templates_named
 from eval.region_features import RegionFeatures, add_feature_flags, feature_variant
 from eval.region_masks import Masks
-from eval.scoring import score_folder, score_line, score_run
 from mllm.image_input import read_picture
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a CLOC or of any CLIP")
     parser.add_argument("--annotations", type=Path, help="COCO-style instances or panoptic file with the true boxes")
     parser.add_argument("--images", type=Path, help="folder that the file names in --annotations are relative to")
     parser.add_argument("--masks", type=Path, help="folder of the PNGs of a panoptic file, for --feature maskpool")
     add_feature_flags(parser)
     parser.add_argument("--templates", default="name", help="'name', 'openai80', or a sentence such as \"a photo of a {}\"")
-    parser.add_argument("--limit", type=int, help="only the first boxes; the result is marked PARTIAL")
     parser.add_argument(
         "--max-unusable", type=int, default=0, help="boxes without area or outside their image to leave out, counted (default 0)"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; several benchmarks may share one")
-    parser.add_argument("--score-only", action="store_true", help="score all answers in --out again, without a model")
+    add_run_flags(parser, "the first boxes", batch_size=32, geometries=WHOLE_PICTURE)
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_arguments()
-    if args.score_only:
-        return score_run(args.out)
-    if args.model is None or args.annotations is None or args.images is None:
-        raise DataError("--model, --annotations and --images are needed, unless --score-only is given")
+    run_evaluation(parse_arguments(), ("annotations", "images"), evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> list[Path]:
+    """The folder of the answers."""
     folder = args.out / "region_classification" / args.annotations.stem / feature_variant(args)
     classify(args, folder)
-    print(score_line(score_folder(folder)))
-    print(f"answers and scores: {folder}")
+    return [folder]
 
 
 def classify(args: argparse.Namespace, folder: Path) -> None:

@@ -35,7 +35,6 @@ def add_feature_flags(parser: argparse.ArgumentParser, features: tuple[str, ...]
     parser.add_argument(
         "--crop-scale", type=float, default=1.0, help="crop this many times the box (1.5 adds context); default 1.0"
     )
-    parser.add_argument("--geometry", choices=("pad", "squash"), help="instead of the model's own, for a stock CLIP")
 
 
 def feature_variant(args: argparse.Namespace) -> str:

@@ -26,17 +26,15 @@ from encoder.data.sources.published import completeness
 from encoder.data.sources.refcoco import read_refcoco
 from encoder.data.sources.visual_genome import read_visual_genome
 from encoder.errors import DataError, run_main
-from eval.embedding import Embedder
+from eval.embedding import WHOLE_PICTURE, Embedder, add_run_flags, run_evaluation
 from eval.region_features import FEATURES, RegionFeatures, add_feature_flags, feature_variant
 from eval.retrieval import TEXTS, Directions, Picture, evaluate_retrieval
-from eval.scoring import score_run
 
 SAMPLE = 2000  # pictures, of the two sets that are too large to be compared whole; the paper's number for GRIT
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a CLOC or of any CLIP")
     parser.add_argument("--data", choices=("grit", "visual_genome", "refcoco"), help="whose files they are")
     parser.add_argument("--annotations", type=Path, nargs="+", default=[], help="the set's files, or the folder of them")
     parser.add_argument("--images", type=Path, help="folder of its pictures (GRIT: img2dataset's output)")
@@ -48,20 +46,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default: %(default)s)")
     parser.add_argument("--texts", choices=TEXTS, default="each", help="whether equal captions are one (default: %(default)s)")
     add_feature_flags(parser, FEATURES[:3])
-    parser.add_argument("--limit", type=int, help="only the first pictures of the sample; the result is marked PARTIAL")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures per batch (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; several benchmarks may share one")
-    parser.add_argument("--score-only", action="store_true", help="score all answers in --out again, without a model")
+    add_run_flags(parser, "the first pictures of the sample", batch_size=32, geometries=WHOLE_PICTURE)
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_arguments()
-    if args.score_only:
-        return score_run(args.out)
-    if args.model is None or args.data is None or args.images is None:
-        raise DataError("--model, --data and --images are needed, unless --score-only is given")
+    run_evaluation(parse_arguments(), ("data", "images"), evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> list[Path]:
+    """The folders of the answers in both directions."""
     source = open_source(args)
     size = args.sample if args.sample is not None else 0 if args.data == "refcoco" else SAMPLE
     counts: Counter = Counter()
@@ -76,7 +70,7 @@ def main() -> None:
 
     embedder = Embedder(args.model, args.device, args.geometry)
     features = RegionFeatures(embedder.model, embedder.processor, args.feature, args.layer, args.crop_scale)
-    evaluate_retrieval(
+    return evaluate_retrieval(
         pictures,
         args.texts,
         Directions(args.out, ("text_to_region", "region_to_text"), source.part.replace("/", "-"), feature_variant(args)),

@@ -9,6 +9,7 @@ import numpy as np
 from eval import report_plots
 from eval.comparison import Entry, Example, Pair, Row, Run, examples, variants_compared
 from eval.metrics import SIZE_EDGES, Interval, size_name
+from eval.paper_tables import as_html, paper_tables
 from eval.report_pictures import draw_example, image_folder
 from eval.report_plots import METRIC_NAMES, RUN_COLOURS, TRUTH_COLOUR
 from eval.scoring import HEADLINES
@@ -55,10 +56,12 @@ def page(
         *(f"<p>{escape(verdict(rows, pair))}</p>" for pair in pairs),
         *(f"<p>{escape(note)}</p>" for note in notes),
         *(f'<p class="warn">{escape(warning)}</p>' for warning in warnings),
+        *map(as_html, paper_tables(runs)),
         "<h2>Results</h2>",
         *(_result(runs, rows, pair) for pair in pairs),
         '<p class="quiet">Accuracies in percent. A difference is in percentage points, paired by question; the brackets are its '
-        "95% interval (bootstrap over pictures). Green and red: the interval leaves zero out. n: questions. "
+        "95% interval (bootstrap over pictures). Green and red: the interval leaves zero out. p: "
+        "two-sided sign test over pictures, not corrected for the number of rows. n: questions. "
         "Chance: every question answered with another one's box, with a name at random, or in a random order.</p>",
         '<div class="plots">',
         *_accuracies(rows, names),
@@ -91,6 +94,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def signed(interval: Interval) -> str:
     """`+3.2 [+1.1, +5.3]`, in percentage points."""
     if np.isnan(interval.low):
@@ -110,9 +117,10 @@ def _result(runs: list[Run], rows: list[Row], pair: Pair) -> str:
         details = f"{METRIC_NAMES[row.metric]}, n {row.n:,}, chance&nbsp;{percent(row.chance)}"
         lines.append(
             f"<tr><td>{name}<small>{details}</small></td><td>{a}</td><td>{b}</td>"
-            f'<td class="{mark}">{value}<small>{limits}</small></td></tr>'
+            f'<td class="{mark}">{value}<small>{limits}</small></td>'
+            f"<td><small>{row.signs[pair].better} : {row.signs[pair].worse}, p {p_value(row.signs[pair].p)}</small></td></tr>"
         )
-    titles = ("benchmark / split", pair.first, pair.second, pair.title)
+    titles = ("benchmark / split", pair.first, pair.second, pair.title, "pictures better : worse")
     head = "".join(f"<th>{escape(text)}</th>" for text in titles).replace("\N{MINUS SIGN} ", "\N{MINUS SIGN}<br>")
     plot = _image(report_plots.differences(rows, pair), f"differences {pair.title}")
     table = f'<div class="scroll"><table><tr>{head}</tr>\n' + "\n".join(lines) + "</table></div>"
@@ -204,7 +212,7 @@ def _examples(runs: list[Run], pair: Pair, rows: list[Row], count: int, images: 
         }
         for group, (number, chosen) in examples(*entries, count).items():
             share = f"{number:,} of {total:,} questions ({100 * number / total:.1f}%)"
-            order = ", most disagreement first" if entries[0][0].scored.task == "grounding" else ""
+            order = ", most disagreement first" if entries[0][0].scored.iou is not None else ""
             parts.append(f"<p><b>{escape(titles[group][0].upper() + titles[group][1:])}</b>: {share}{order}</p>")
             cards = (_card(example, pair, colours, image_folder(example.evaluation, images)) for example in chosen)
             parts.append(f'<div class="cards">{"".join(cards)}</div>')
@@ -222,7 +230,7 @@ def _swatch(colour: str) -> str:
 
 def _card(example: Example, pair: Pair, colours: tuple[str, str], folder: Path) -> str:
     target = example.evaluation.targets[example.index]
-    grounding = example.evaluation.protocol["task"] == "grounding"
+    grounding = example.evaluation.protocol["task"] in ("grounding", "phrases")
     jpeg = base64.b64encode(draw_example(example, folder, colours)).decode()
     lines = [] if grounding or not target.category else [f"{_swatch(TRUTH_COLOUR)}{escape(target.category)}"]
     for name, colour, answer, score in zip((pair.first, pair.second), colours, example.answers, example.scores, strict=True):

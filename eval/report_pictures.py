@@ -33,7 +33,7 @@ def draw_example(example: Example, folder: Path, colours: tuple[str, str] = RUN_
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     picture = picture.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(picture)
-    if example.evaluation.protocol["task"] == "grounding":
+    if example.evaluation.protocol["task"] in ("grounding", "phrases"):
         for answer, colour in zip(example.answers, colours, strict=True):
             if answer.box:
                 _draw_box(draw, [scale * value for value in answer.box], colour, dash=None)

@@ -24,7 +24,7 @@ from eval.embedding import Embedder, read_ahead
 from eval.metrics import chance_at
 from eval.predictions import Prediction, PredictionLog, Target
 from eval.ranking import rank
-from eval.scoring import CUTOFFS, plain_name, score_folder, score_line
+from eval.scoring import CUTOFFS, plain_name
 
 TEXTS = ("each", "distinct")
 Box = tuple[float, float, float, float]
@@ -138,11 +138,11 @@ def evaluate_retrieval(
     batch_size: int,
     protocol: dict[str, Any],
     settings: dict[str, Any],
-) -> None:
-    """Ranks, writes both evaluations, scores them and prints a line for each.
+) -> list[Path]:
+    """Ranks and writes both evaluations; returns their folders.
 
     texts: one of `TEXTS`; embed: pictures and their boxes -> (I, E), L2-normalised; batch_size: pictures
-    An evaluation that is there already is scored again and not computed.
+    An evaluation that is there already is not computed again.
     """
     gallery = Gallery(pictures, texts, embedder.processor.lowercase)
     protocol = {**protocol, "texts": texts, "pictures": len(pictures)}
@@ -156,9 +156,7 @@ def evaluate_retrieval(
         copies, right = gallery.item_answers()
         places, best = rank(item_emb_IE, text_emb_UE, right, copies)
         _append(logs[1], places, [gallery.unique[text] for text in best.tolist()])
-    for log in logs:
-        print(score_line(score_folder(log.folder)))
-    print(f"answers and scores: {directions.out}")
+    return [log.folder for log in logs]
 
 
 def embed_pictures(pictures: list[Picture], embed: Callable, batch_size: int) -> Tensor:

@@ -83,10 +83,11 @@ def run_benchmark(
         answerer = load() if load else load_answerer(args.model, args.device, args.dtype)
         answers = [ask(answerer, part) if ask else answerer.ground for part in parts]
         for part, answer in zip(parts, answers, strict=True):
+            benchmark = part.benchmark + getattr(answerer, "suffix", "")
             log = PredictionLog(
-                args.out / part.benchmark / part.split / answerer.record.get("variant", ""),
+                args.out / benchmark / part.split / answerer.record.get("variant", ""),
                 protocol={
-                    "benchmark": part.benchmark,
+                    "benchmark": benchmark,
                     "split": part.split,
                     "task": part.task,
                     "completeness": part.completeness,

@@ -21,6 +21,7 @@ from eval.judge import read_judged
 from eval.metrics import (
     THRESHOLDS,
     Interval,
+    SignTest,
     accuracy_at,
     accuracy_interval,
     macro_interval,
@@ -28,12 +29,14 @@ from eval.metrics import (
     paired_iou,
     recall_at,
     shuffled_box_accuracy,
+    sign_test,
     size_bin,
     size_name,
 )
-from eval.phrases import RECALLS, by_type, phrase_hits
+from eval.phrases import RECALLS, by_type, phrase_hits, phrase_iou
 from eval.predictions import Evaluation, find_evaluations, load_evaluation, read_run, write_whole
 from eval.words import choice_hits, choice_report, cider, said_yes, tokens_of, yes_no_report
+from mllm.box_text import CODECS, BoxCodec
 
 # How many of the first candidates a ranking's metrics look at.
 CUTOFFS = {
@@ -99,6 +102,10 @@ class Scored:
             return mean_interval(self.hits_of(metric), self.images, seed)
         return accuracy_interval(self.hits_of(metric), self.images, seed)
 
+    def signs(self, other: "Scored", metric: str) -> SignTest:
+        """The same question by a test that asks for less: on how many pictures is the one better than the other."""
+        return sign_test(self.hits_of(metric) - other.hits_of(metric), self.images)
+
     def difference(self, other: "Scored", metric: str, seed: int = 0) -> Interval:
         """This metric here minus there, paired by question; both must have scored the same questions."""
         change = self.hits_of(metric) - other.hits_of(metric)
@@ -113,6 +120,8 @@ def score_questions(evaluation: Evaluation) -> Scored:
     if task not in TASKS:
         raise DataError(f"{evaluation.folder}/run.json: protocol.task is '{task}'; expected one of {', '.join(TASKS)}")
     targets, predictions = evaluation.targets, evaluation.predictions
+    if task in ("grounding", "phrases"):
+        refuse_other_codec(evaluation)
     true_boxes = np.array([target.box for target in targets], np.float64).reshape(-1, 4)
     widths, heights = (np.array([getattr(target, side) for target in targets]) for side in ("width", "height"))
     iou = places = None
@@ -133,6 +142,10 @@ def score_questions(evaluation: Evaluation) -> Scored:
         chance = {"acc_50": shuffled_box_accuracy(true_boxes, widths, heights)}
     elif task != "naming":
         by_metric = metrics_of(evaluation)
+        if task == "phrases":
+            ranked = evaluation.protocol.get("codec") == "ranking"
+            pairs = zip(targets, predictions, strict=True)
+            iou = np.array([phrase_iou(target, prediction, ranked)["merged_box"] for target, prediction in pairs])
         hits = next(iter(by_metric.values()))
         guess = {"phrases": shuffled_box_accuracy(true_boxes, widths, heights), "yes_no": 0.5, "choice": 0.5}.get(task, 0.0)
         chance = dict.fromkeys(by_metric, guess)
@@ -154,6 +167,20 @@ def score_questions(evaluation: Evaluation) -> Scored:
         chance,
         by_metric,
     )
+
+
+def refuse_other_codec(evaluation: Evaluation) -> None:
+    """DataError where an answer's box is not what its words say in the codec that run.json states."""
+    name = evaluation.protocol.get("codec")
+    if name not in CODECS:  # a BoxHead's or a ranking's boxes are no words
+        return
+    codec = BoxCodec(name)
+    for prediction in evaluation.predictions:
+        if prediction.box is not None and codec.decode(prediction.raw)[0] is None:
+            raise DataError(
+                f"{evaluation.folder}/predictions.jsonl: id {prediction.id} has a box, but its words {prediction.raw[:50]!r} "
+                f"hold none in codec '{name}'; these are predictions in another codec"
+            )
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, np.ndarray]:

@@ -16,45 +16,37 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encoder.errors import DataError, run_main
-from encoder.geometry import MODES
 from eval.class_folders import ClassFolders, read_class_folders
-from eval.embedding import Embedder, name_classifier, read_ahead
+from eval.embedding import Embedder, add_run_flags, name_classifier, read_ahead, run_evaluation
 from eval.metrics import chance_at
 from eval.predictions import Prediction, PredictionLog, Target
 from eval.prompt_templates import templates_named
 from eval.ranking import rank
-from eval.scoring import CUTOFFS, score_folder, score_line, score_run
+from eval.scoring import CUTOFFS
 from mllm.image_input import read_picture
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a CLOC or of any CLIP")
     parser.add_argument("--images", type=Path, help="folder that holds a folder of pictures per class")
     parser.add_argument("--names", type=Path, help="names of the classes; default: the folders' own names")
     parser.add_argument("--split", help="what to call this set; default: the name of --images")
     parser.add_argument(
         "--templates", default="openai80", help="'openai80' (default), 'name', or a sentence such as \"a photo of a {}\""
     )
-    parser.add_argument("--geometry", choices=MODES, help="instead of the model's own; a stock CLIP gets 'pad'")
-    parser.add_argument("--limit", type=int, help="only this many pictures, drawn at random; the result is marked PARTIAL")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures per batch (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; several benchmarks may share one")
-    parser.add_argument("--score-only", action="store_true", help="score all answers in --out again, without a model")
+    add_run_flags(parser, "this many pictures, drawn at random")
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_arguments()
-    if args.score_only:
-        return score_run(args.out)
-    if args.model is None or args.images is None:
-        raise DataError("--model and --images are needed, unless --score-only is given")
+    run_evaluation(parse_arguments(), ("images",), evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> list[Path]:
+    """The folder of the answers."""
     folder = args.out / "zero_shot" / (args.split or args.images.resolve().name)
     classify(args, folder)
-    print(score_line(score_folder(folder)))
-    print(f"answers and scores: {folder}")
+    return [folder]
 
 
 def classify(args: argparse.Namespace, folder: Path) -> None:

@@ -103,7 +103,7 @@ class BoxCodec:
 
     def decode_all(self, text: str) -> list[Tensor]:
         """All well-formed boxes of `text`, in order, each (4,) as of `decode`; one that `decode` would refuse is left out."""
-        found = (self.decode(match[0])[0] for match in self._pattern(4).finditer(text))
+        found = (self.decode(text[start:end])[0] for start, end in self.spans(text))
         return [box for box in found if box is not None]
 
     def replace(self, text: str, write: Callable[[Tensor], str]) -> str:
@@ -114,6 +114,10 @@ class BoxCodec:
             return match[0] if box is None else write(box)
 
         return self._pattern(4).sub(written, text)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Start and end, in characters, of all that has the form of a box."""
+        return [match.span() for match in self._pattern(4).finditer(text)]
 
     @property
     def _form(self) -> _Form:

@@ -17,7 +17,9 @@ from encoder.export import export_vision
 from encoder.pretrained import check_loaded, load_strict, load_vision_tower
 from encoder.processor import ClocProcessor
 from mllm import llava_layout as layout
+from mllm.adapter_folder import ADAPTER, PEFT_PREFIX
 from mllm.checkpoint import MllmSettings, load_mllm
+from mllm.config import PROJECTORS
 from mllm.image_input import ImageInput
 from mllm.model import Mllm, join
 from mllm.projector import fill_projector
@@ -57,7 +59,7 @@ def read_llava(
     add_image_token(tokenizer)
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    model = join(vision, language_model, tokenizer, config["mm_vision_select_layer"])
+    model = join(vision, language_model, tokenizer, config["mm_vision_select_layer"], PROJECTORS[config["mm_projector_type"]])
     fill_projector(model, projector, folder)
     settings = MllmSettings(
         codec="float2",  # of the boxes in LLaVA-1.5's data
@@ -116,7 +118,7 @@ def _whole(folder: Path, config: dict, tower: Path) -> tuple[PreTrainedModel, di
             ignore_mismatched_sizes=True,
         )
         check_loaded(info, folder)
-    return llm, parts["multi_modal_projector"], vision.eval()
+    return llm, layout.two_layers(parts["multi_modal_projector"]), vision.eval()
 
 
 def _adapted(folder: Path, llm: str | Path) -> PreTrainedModel:
@@ -141,31 +143,34 @@ def _adapted(folder: Path, llm: str | Path) -> PreTrainedModel:
     return adapted.merge_and_unload()
 
 
-def write_llava(source: str | Path, output: str | Path, tower: str | None = None, projector_only: bool = False) -> None:
+def write_llava(source: str | Path, output: str | Path, tower: str | None = None, kind: str = "whole") -> None:
     """Writes an MLLM folder in LLaVA-1.5's layout, in its number format; the vision tower lies in a folder beside it.
 
     tower: what config.json names as the tower, which LLaVA's code loads; None names the folder written here, by its path
-    projector_only: `mm_projector.bin` and config.json, as after LLaVA's alignment
+    kind: `whole`, with LoRA merged; `projector`, `mm_projector.bin` alone; `lora`, of an adapter folder on a language model
     """
     output = Path(output)
     settings = MllmSettings.read(source)
     model, tokenizer, settings = load_mllm(source, getattr(torch, settings.dtype))
-    _check_writable(source, model, settings)
-    tower_folder = output / TOWER_FOLDER
+    _check_writable(source, model, settings, kind)
+    tower_folder, width = output / TOWER_FOLDER, model.config.vision_config.hidden_size
     config = layout.write_config(
         model.config.text_config,
-        model.config.vision_config.hidden_size,
+        (next(name for name, act in PROJECTORS.items() if act == model.config.projector_hidden_act), width),
         tower or str(tower_folder.resolve()),
         settings.feature_layer,
-        any("tower" in run for run in settings.trained),
+        any(part.startswith("tower") for run in settings.trained for part in run),
         settings.dtype,
     )
     output.mkdir(parents=True, exist_ok=True)
-    state = {layout.to_llava(name): value.contiguous() for name, value in model.state_dict().items()}
+    state = layout.to_llava(model.state_dict(), linear=model.config.projector_hidden_act == "linear")
     export_vision(model.model.vision_tower, tower_folder, ClocProcessor(settings.image.processor(), None))
-    if projector_only:
-        projector = {name: value.clone() for name, value in state.items() if ".mm_projector." in name}
+    projector = {name: value.clone() for name, value in state.items() if ".mm_projector." in name}
+    if kind == "projector":
         torch.save(projector, output / layout.PROJECTOR_FILE)
+    elif kind == "lora":
+        config["vocab_size"] = _write_lora(Path(source), output, settings)
+        torch.save({PEFT_PREFIX + name: value for name, value in projector.items()}, output / layout.LORA_PROJECTOR_FILE)
     else:
         save_torch_state_dict(state, output)
         proto = Path(source) / "tokenizer.model"
@@ -174,6 +179,25 @@ def write_llava(source: str | Path, output: str | Path, tower: str | None = None
             _name_slow_tokenizer(output / "tokenizer_config.json")
         model.generation_config.save_pretrained(output)
     (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_lora(source: Path, output: Path, settings: MllmSettings) -> int:
+    """LoRA of an adapter folder by the names of the language model alone, as the peft of LLaVA's time reads it.
+
+    Returns the size of that language model's vocabulary.
+    """
+    llm, inside = settings.base.get("llm"), f"{PEFT_PREFIX}model.language_model."
+    own = layout.read_tensors(source / ADAPTER) if (source / ADAPTER).is_file() else {}
+    if not own or not llm or not all(name.startswith(inside) for name in own):
+        raise DataError(f"{source} holds no LoRA on a language model's folder and on that alone; write it whole, LoRA merged")
+    tensors = {f"{PEFT_PREFIX}model.{name.removeprefix(inside)}": value.contiguous() for name, value in own.items()}
+    torch.save(tensors, output / "adapter_model.bin")
+    ours = json.loads((source / layout.LORA_FILE).read_text())
+    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in own})
+    kept = {key: ours[key] for key in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias")}
+    more = {"target_modules": targets, "base_model_name_or_path": llm, "task_type": "CAUSAL_LM", "inference_mode": True}
+    (output / layout.LORA_FILE).write_text(json.dumps({**kept, **more}, indent=2) + "\n")
+    return json.loads((Path(llm) / "config.json").read_text())["vocab_size"]
 
 
 def _name_slow_tokenizer(path: Path) -> None:
@@ -185,11 +209,12 @@ def _name_slow_tokenizer(path: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _check_writable(source: str | Path, model: PreTrainedModel, settings: MllmSettings) -> None:
-    kind = type(model.config.vision_config).__name__
+def _check_writable(source: str | Path, model: PreTrainedModel, settings: MllmSettings, kind: str) -> None:
+    tower = type(model.config.vision_config).__name__
     problems = {
         f"its regions are '{settings.regions}'": settings.regions != "coords",
-        f"its tower is of {kind}, not CLIP's": kind != "CLIPVisionConfig",
+        f"its tower is of {tower}, not CLIP's": tower != "CLIPVisionConfig",
+        f"its language model is in {settings.llm_bits} bits": settings.llm_bits is not None and kind == "whole",
         f"it projects the layers {settings.feature_layer}": not isinstance(settings.feature_layer, int),
         f"its geometry is {settings.image.mode}, not pad": settings.image.mode != "pad",
     }

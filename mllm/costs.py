@@ -115,6 +115,17 @@ def _region_token(model: RegionLlavaForConditionalGeneration, config: MllmConfig
     return region_tokens(features)[None]
 
 
+def low_bit_bytes(model: LlavaForConditionalGeneration, config: MllmConfig) -> float:
+    """What `llm_bits` spares of `model`'s weights: they are counted in full precision everywhere else."""
+    if not config.llm_bits:
+        return 0.0
+    layers = (module for module in model.model.language_model.modules() if isinstance(module, torch.nn.Linear))
+    frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
+    # Beside 4 bits NF4 keeps one byte of scale per 64 weights, and four per 256 scales; 8 bits one float per row.
+    bits = 4 + 8 / 64 + 32 / (64 * 256) if config.llm_bits == 4 else 8
+    return sum(weight.numel() * (weight.element_size() - bits / 8) for weight in frozen)
+
+
 def zero_stage(config: MllmConfig, processes: int) -> int | None:
     """The ZeRO stage of a run: its file's, 2 under the deepspeed launcher without one, None on one plain process."""
     if not config.zero:

@@ -99,13 +99,17 @@ class GroundingModel:
         inside = box_px[2] > box_px[0] and box_px[3] > box_px[1]
         return tuple(box_px.tolist()) if inside else None
 
-    def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> tuple[tuple[int, ...], list[int]]:
-        """Tokens up to the picture's one mark, and those after it."""
+    def question_text(self, image: Image.Image, question: str, regions: list) -> str:
+        """The question as the model reads it: regions as text, and marks of their tokens where it has such."""
         for mark in (IMAGE, REGION_TOKEN):
             if mark in question:
                 raise DataError(f"question '{question}' holds the mark {mark}, which is put in by itself; leave it out")
         geometry = self.settings.image.geometry(*image.size)
-        content = IMAGE + "\n" + question_with_boxes(question, boxes, geometry, self.codec, self.region_token)
+        return question_with_boxes(question, regions, geometry, self.codec, self.region_token)
+
+    def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> tuple[tuple[int, ...], list[int]]:
+        """Tokens up to the picture's one mark, and those after it."""
+        content = IMAGE + "\n" + self.question_text(image, question, boxes)
         ids = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]

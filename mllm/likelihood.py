@@ -7,11 +7,10 @@ import torch
 from PIL import Image
 
 from encoder.errors import DataError
-from mllm.conversation import IMAGE, question_with_boxes
+from mllm.conversation import IMAGE
 from mllm.generation import GroundingModel
 
 
-@torch.inference_mode()
 def answer_likelihoods(
     model: GroundingModel, rows: list[tuple[Image.Image, str, list, str]], batch_size: int = 32
 ) -> list[float]:
@@ -19,8 +18,16 @@ def answer_likelihoods(
 
     rows: (picture, question, regions that it names, answer); rows side by side on one picture share nothing but its pixels
     """
+    return [value for value, _ in answer_scores(model, rows, batch_size)]
+
+
+@torch.inference_mode()
+def answer_scores(
+    model: GroundingModel, rows: list[tuple[Image.Image, str, list, str]], batch_size: int = 32
+) -> list[tuple[float, bool]]:
+    """As `answer_likelihoods`, each with whether greedy decoding would say this answer and end it."""
     tokens = [_ids(model, *row) for row in rows]
-    found: list[float] = [0.0] * len(rows)
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(tokens[i][0]))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -31,8 +38,7 @@ def answer_likelihoods(
 
 def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list, answer: str) -> tuple[list[int], int]:
     """Tokens of the whole conversation, the picture's mark widened, and where the answer starts."""
-    geometry = model.settings.image.geometry(*image.size)
-    content = IMAGE + "\n" + question_with_boxes(question, regions, geometry, model.codec, model.region_token)
+    content = IMAGE + "\n" + model.question_text(image, question, regions)
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     options = {"tokenize": True, "return_dict": True}
     prompt = model.tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)["input_ids"]
@@ -46,7 +52,7 @@ def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list
     return [*whole[:mark], *[model.image_token_id] * image_length, *whole[mark + 1 :]], len(prompt) - 1 + image_length
 
 
-def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: list[tuple]) -> list[float]:
+def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: list[tuple]) -> list[tuple[float, bool]]:
     longest = max(len(ids) for ids, _ in tokens)
     ids_BL = torch.full((len(tokens), longest), model.tokenizer.pad_token_id)
     mask_BL = torch.zeros_like(ids_BL)
@@ -60,5 +66,6 @@ def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: lis
     values = []
     for row, (ids, start) in enumerate(tokens):
         log_V = logits_BLV[row, start - 1 : len(ids) - 1].float().log_softmax(-1)
-        values.append(float(log_V.gather(-1, torch.tensor(ids[start:], device=device)[:, None]).double().sum()))
+        said = torch.tensor(ids[start:], device=device)
+        values.append((float(log_V.gather(-1, said[:, None]).double().sum()), bool((log_V.argmax(-1) == said).all())))
     return values

@@ -4,6 +4,7 @@
 |---|---|
 | `model.language_model.X`, `lm_head.X` | `model.X`, `lm_head.X` |
 | `model.multi_modal_projector.linear_1.X`, `linear_2.X` | `model.mm_projector.0.X`, `model.mm_projector.2.X` |
+| the same of a linear projector, where `linear_2` is the identity | `model.mm_projector.X` |
 | `model.vision_tower.X` | `model.vision_tower.vision_tower.vision_model.X` |
 
 There are three kinds of folder: a whole model (`pytorch_model*.bin` or `model*.safetensors`), a projector alone
@@ -34,27 +35,35 @@ TEXT_CONFIGS = {
     "llava_qwen": Qwen2Config,
 }
 CLASSES = {"llava_llama": "LlavaLlama", "llava_mistral": "LlavaMistral", "llava_qwen": "LlavaQwen"}
-PROJECTOR = {"linear_1.": "model.mm_projector.0.", "linear_2.": "model.mm_projector.2."}
-# Longest first: every name there begins with `model.` or `lm_head.`.
-_NAMES = {
-    "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    **{f"model.multi_modal_projector.{ours}": theirs for ours, theirs in PROJECTOR.items()},
-    "model.language_model.": "model.",
-    "lm_head.": "lm_head.",
-}
+# The last is a linear projector's. Longest first, as in `_NAMES`: every name there begins with `model.` or `lm_head.`.
+PROJECTOR = (("linear_1.", "model.mm_projector.0."), ("linear_2.", "model.mm_projector.2."), ("linear_1.", "model.mm_projector."))
+_NAMES = (
+    ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    *((f"model.multi_modal_projector.{ours}", theirs) for ours, theirs in PROJECTOR),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
 # Tables that transformers 4 saved and that every version computes for itself.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
-def to_llava(name: str) -> str:
-    """A stock Llava's parameter name -> the llava repository's."""
-    ours = next(prefix for prefix in _NAMES if name.startswith(prefix))
-    return _NAMES[ours] + name.removeprefix(ours)
+def to_llava(state: dict[str, Tensor], linear: bool) -> dict[str, Tensor]:
+    """A stock Llava's parameters under the llava repository's names; `linear`: its projector is one layer there."""
+    renamed = {}
+    for name, value in state.items():
+        ours, theirs = next(pair for pair in _NAMES if name.startswith(pair[0]))
+        renamed[theirs + name.removeprefix(ours)] = value.contiguous()
+    if linear:
+        first, second = ({key: renamed.pop(f"model.mm_projector.{n}.{key}").float() for key in ("weight", "bias")} for n in "02")
+        kind = next(iter(renamed.values())).dtype
+        renamed["model.mm_projector.weight"] = (second["weight"] @ first["weight"]).to(kind)
+        renamed["model.mm_projector.bias"] = (second["weight"] @ first["bias"] + second["bias"]).to(kind)
+    return renamed
 
 
 def from_llava(name: str) -> str:
     """The other way; a name that is none of theirs stays as it is."""
-    for ours, theirs in _NAMES.items():
+    for ours, theirs in _NAMES:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     return name
@@ -72,7 +81,7 @@ def read_config(folder: str | Path) -> dict:
     if config.get("model_type") not in TEXT_CONFIGS or "mm_vision_tower" not in config:
         raise DataError(f"{path}: model_type is '{config.get('model_type')}'; it is of no LLaVA with mm_vision_tower")
     wanted = {
-        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_projector_type": ("mlp2x_gelu", "linear"),
         "mm_vision_select_feature": ("patch", None),
         "mm_use_im_start_end": (False, None),
         "mm_use_im_patch_token": (False, None),
@@ -80,7 +89,8 @@ def read_config(folder: str | Path) -> dict:
     }
     for key, allowed in wanted.items():
         if config.get(key) not in allowed:
-            raise DataError(f"{path}: {key} is '{config.get(key)}', only {allowed[0]} is read; take a LLaVA-1.5 checkpoint")
+            known = " or ".join(str(value) for value in allowed if value is not None)
+            raise DataError(f"{path}: {key} is '{config.get(key)}', only {known} is read; take a LLaVA-1.5 checkpoint")
     return config
 
 
@@ -91,8 +101,12 @@ def text_config(config: dict) -> PreTrainedConfig:
     return cls(**{key: value for key, value in config.items() if key in known})
 
 
-def write_config(text: PreTrainedConfig, projector_input: int, tower: str, layer: int, tuned: bool, dtype: str) -> dict:
-    """LLaVA-1.5's config.json. tower: what its code loads the vision tower from; tuned: whether that has learned too."""
+def write_config(text: PreTrainedConfig, projector: tuple[str, int], tower: str, layer: int, tuned: bool, dtype: str) -> dict:
+    """LLaVA-1.5's config.json.
+
+    projector: LLaVA's name of its type, width of its input
+    tower: what LLaVA's code loads the vision tower from; layer: its layer; tuned: whether it has learned too
+    """
     kind = next((name for name, cls in TEXT_CONFIGS.items() if type(text) is cls), None)
     if kind is None:
         classes = ", ".join(sorted({cls.__name__ for cls in TEXT_CONFIGS.values()}))
@@ -111,8 +125,8 @@ def write_config(text: PreTrainedConfig, projector_input: int, tower: str, layer
         "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": "pad",
-        "mm_hidden_size": projector_input,
-        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": projector[1],
+        "mm_projector_type": projector[0],
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
@@ -167,8 +181,22 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
     found = {}
     for name, value in read_tensors(file).items():
         name = name.removeprefix("base_model.model.")
-        ours = next((ours for ours, theirs in PROJECTOR.items() if name.startswith(theirs)), None)
-        if ours is None:
-            raise DataError(f"{file}: {name} is no part of LLaVA-1.5's projector (mlp2x_gelu); nothing was read from it")
-        found[ours + name.removeprefix(PROJECTOR[ours])] = value
-    return found
+        pair = next((pair for pair in PROJECTOR if name.startswith(pair[1])), None)
+        if pair is None:
+            raise DataError(f"{file}: {name} is no part of LLaVA-1.5's projector; nothing was read from it")
+        found[pair[0] + name.removeprefix(pair[1])] = value
+    return two_layers(found)
+
+
+def two_layers(projector: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A linear projector's one layer with the identity behind it; another projector as it is."""
+    if projector.keys() != {"linear_1.weight", "linear_1.bias"}:
+        return projector
+    bias = projector["linear_1.bias"]
+    return {**projector, "linear_2.weight": torch.eye(len(bias), dtype=bias.dtype), "linear_2.bias": torch.zeros_like(bias)}
+
+
+def is_linear(projector: dict[str, Tensor]) -> bool:
+    """Whether a projector of two layers is one of `two_layers`."""
+    second = projector.get("linear_2.weight")
+    return second is not None and torch.equal(second, torch.eye(*second.shape, dtype=second.dtype))

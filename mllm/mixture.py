@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from encoder.errors import DataError
 from mllm.importers import IMPORTERS, NATIVE
-from mllm.records import Sizes, check_record, picture_size, pictures_of, read_records
+from mllm.records import Sizes, check_record, picture_size, pictures_of, problems_of, read_records
 
 YAML = (".yaml", ".yml")
 
@@ -92,8 +92,8 @@ class Source:
         return f"{self.path}: {form}{drawn} of {number} conversations an epoch" + f" ({how})" * bool(how)
 
 
-def sources_of(data: list, images: str | Path | None = None) -> list[Source]:
-    """A recipe's `data` as sources; `images` is the folder of those that name none."""
+def sources_of(data: list, images: str | Path | None = None, importer: str = NATIVE) -> list[Source]:
+    """A recipe's `data` as sources; `images` and `importer` are those of entries that name none."""
     sources = []
     for entry in expand(data):
         values = dict(entry) if isinstance(entry, dict) else {"path": str(entry)}
@@ -106,7 +106,7 @@ def sources_of(data: list, images: str | Path | None = None) -> list[Source]:
         if not isinstance(values.get("path"), str):
             raise DataError(f"data has the entry {entry}, which names no path; give each a path, or write the path alone")
         folder = values.pop("images", None) or images
-        sources.append(Source(**values, images=None if folder is None else str(folder)))
+        sources.append(Source(**{"importer": importer} | values, images=None if folder is None else str(folder)))
     return sources
 
 
@@ -127,6 +127,17 @@ def expand(data: list) -> list:
             raise DataError(f"mixture {entry} holds no list; write one '- path' or '- {{path: ..., weight: ...}}' a line")
         entries += found
     return entries
+
+
+def good_records(source: Source, sizes: Sizes, problems: list[str], progress: bool = True) -> list[dict]:
+    """All records of a source that a training can use, with `_folder`; everything wrong with the others goes to `problems`."""
+    good = []
+    for record in tqdm(source.read(sizes, problems), desc=f"check {Path(source.path).name}", unit="record", disable=not progress):
+        found = list(problems_of(record, source.folder, sizes))
+        problems += found
+        if not found:
+            good.append(record | {"_folder": source.folder})
+    return good
 
 
 def read_mixture(sources: list[Source], seed: int, progress: bool = True) -> tuple[list[dict], list[int], list[str]]:

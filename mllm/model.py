@@ -87,27 +87,17 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
                 "choose one of them, -1 is the last"
             )
     torch.manual_seed(config.seed)  # after the tower: two towers of one size then meet the same initial weights
-    if config.llm_preset:
-        llm, tokenizer, proto = _nano_llm(config)
-    else:
-        llm, tokenizer, proto = _load_llm(config, dtype)
+    tokenizer, proto = read_tokenizer(config)
+    llm = _nano_llm(config, tokenizer) if config.llm_preset else _load_llm(config, tokenizer, dtype)
     model = join(tower, llm.to(dtype), tokenizer, layer, PROJECTORS[config.projector_type])
     if config.projector:
         load_projector(model, config.projector)
     if config.new_regions:
         model = add_region_tokens(model, add_region_token(tokenizer), config.region_tokens, config.prompter or config.tower)
         kept_regions = config.projector is not None and load_region_projector(model, config.projector)
-    template = choose_template(tokenizer, config.template)
+    settings = first_settings(config, tokenizer)
     if len(ends := end_token_ids(tokenizer)) > 1:  # stock code stops where the template's answers do
         model.generation_config.eos_token_id = ends
-    settings = MllmSettings(
-        codec=config.codec,
-        image=ImageInput.of_tower(config.tower, config.geometry),
-        feature_layer=layer,
-        template=template,
-        tower_path=str(config.tower),
-        regions=config.region_tokens or COORDS,
-    )
     from_scratch = bool(config.llm_preset) and not config.projector
     return Mllm(model, tokenizer, settings, proto, from_scratch, new_regions=config.new_regions and not kept_regions)
 
@@ -163,19 +153,43 @@ def _turn_on_regions(config: MllmConfig, model, tokenizer, settings: MllmSetting
     return add_region_tokens(model, token_id, config.region_tokens, source)
 
 
-def _nano_llm(config: MllmConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, bytes]:
-    """A small Llama from scratch and its own tokenizer."""
-    sources = sources_of(config.tokenizer_data or config.data, config.images)
-    texts = (text for source in sources for text in texts_of(source.read({})))
-    proto = train_sentencepiece(texts, config.vocab_size)
-    tokenizer = fast_tokenizer(proto, config.max_length)
+def read_tokenizer(config: MllmConfig) -> tuple[PreTrainedTokenizerBase, bytes | None]:
+    """The language model's tokenizer with what pictures and boxes need; a preset's is trained, its model returned beside it."""
+    if config.llm_preset:
+        sources = sources_of(config.tokenizer_data or config.data, config.images)
+        texts = (text for source in sources for text in texts_of(source.read({})))
+        proto = train_sentencepiece(texts, config.vocab_size)
+        tokenizer = fast_tokenizer(proto, config.max_length)
+    else:
+        if not (Path(config.llm) / "config.json").is_file():
+            raise DataError(f"language model {config.llm} has no config.json; give the folder of a causal language model")
+        tokenizer, proto = _read(config.llm, AutoTokenizer), Path(config.llm) / "tokenizer.model"
+        proto = proto.read_bytes() if proto.is_file() else None
+        add_image_token(tokenizer)
     add_codec_tokens(tokenizer, BoxCodec(config.codec))
     if config.new_regions:
         add_region_token(tokenizer)
+    return tokenizer, proto
+
+
+def first_settings(config: MllmConfig, tokenizer: PreTrainedTokenizerBase) -> MllmSettings:
+    """Of an MLLM that starts from parts; gives the tokenizer its chat template."""
+    return MllmSettings(
+        codec=config.codec,
+        image=ImageInput.of_tower(config.tower, config.geometry),
+        feature_layer=DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer,
+        template=choose_template(tokenizer, config.template),
+        tower_path=str(config.tower),
+        regions=config.region_tokens or COORDS,
+    )
+
+
+def _nano_llm(config: MllmConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A small Llama from scratch."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     llm = LlamaForCausalLM(nano_llm_config(config, len(tokenizer), **ids))
     nn.init.normal_(llm.get_input_embeddings().weight, std=config.embedding_std)
-    return llm, tokenizer, proto
+    return llm
 
 
 def nano_llm_config(config: MllmConfig, vocab_size: int, **token_ids: int) -> LlamaConfig:
@@ -196,23 +210,19 @@ def nano_llm_config(config: MllmConfig, vocab_size: int, **token_ids: int) -> Ll
     )
 
 
-def _load_llm(config: MllmConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bytes | None]:
-    if not (Path(config.llm) / "config.json").is_file():
-        raise DataError(f"language model {config.llm} has no config.json; give the folder of a causal language model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.llm)
-        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, attn_implementation=config.attention)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"language model {config.llm} cannot be read ({reason}); copy or save the folder again") from error
-    add_image_token(tokenizer)
-    add_codec_tokens(tokenizer, BoxCodec(config.codec))
-    if config.new_regions:
-        add_region_token(tokenizer)
+def _load_llm(config: MllmConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    llm = _read(config.llm, AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attention)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    proto = Path(config.llm) / "tokenizer.model"
-    return llm, tokenizer, proto.read_bytes() if proto.is_file() else None
+    return llm
+
+
+def _read(folder: str, kind: type, **arguments):
+    try:
+        return kind.from_pretrained(folder, **arguments)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"language model {folder} cannot be read ({reason}); copy or save the folder again") from error
 
 
 def llava_config(

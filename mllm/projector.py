@@ -15,7 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoder.errors import DataError
 from mllm.config import PROJECTORS
-from mllm.llava_layout import read_projector
+from mllm.llava_layout import is_linear, read_projector
 from mllm.region_tokens import RegionLlavaForConditionalGeneration
 
 
@@ -27,15 +27,19 @@ def make_identity(layer: nn.Linear) -> None:
 
 def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
     """Copies the projector of another MLLM folder, or of LLaVA's `mm_projector.bin` or its folder."""
-    found = read_projector(folder) | _weights_below(folder, "multi_modal_projector.")
+    theirs, ours = read_projector(folder), _weights_below(folder, "multi_modal_projector.")
+    found = theirs | ours
     if not found:
         files = len(list(Path(folder).glob("*.safetensors")))
         raise DataError(f"projector folder {folder} holds no Llava projector in {files} safetensors files; name an MLLM folder")
     sizes = Path(folder) / "config.json"
-    act = json.loads(sizes.read_text()).get("projector_hidden_act", "gelu") if sizes.is_file() else "gelu"
+    if ours and sizes.is_file():
+        act = json.loads(sizes.read_text()).get("projector_hidden_act", "gelu")
+    else:  # of LLaVA's
+        act = "linear" if is_linear(found) else "gelu"
     if act != model.config.projector_hidden_act:
-        theirs = {act: name for name, act in PROJECTORS.items()}.get(act, act)
-        raise DataError(f"the projector in {folder} is of projector_type {theirs}; pass that, or leave projector out")
+        kind = {act: name for name, act in PROJECTORS.items()}.get(act, act)
+        raise DataError(f"the projector in {folder} is of projector_type {kind}; pass that, or leave projector out")
     fill_projector(model, found, folder)
 
 

@@ -118,6 +118,8 @@ def _turn_problems(record: dict) -> Iterator[str]:
             yield f"{where}: conversations[{index}].from is '{turn['from']}'; use human, gpt or system"
         elif turn["from"] != "human" and IMAGE in turn["value"]:
             yield f"{where}: conversations[{index}] has {IMAGE} in a {turn['from']} turn; pictures are shown in human turns"
+    if not any(isinstance(turn, dict) and turn.get("from") == "gpt" for turn in turns):
+        yield f"{where}: conversations has no gpt turn, so there is nothing to learn; add one or drop the record"
 
 
 def _picture_problems(record: dict, images: Path, sizes: Sizes) -> Iterator[str]:

@@ -150,11 +150,6 @@ class RegionTable:
         return len(self._images)
 
     @property
-    def boxes(self) -> Tensor:
-        """(R, 4) float32, xyxy in [0, 1] of the model's square input, inside the picture."""
-        return torch.from_numpy(np.array(self._boxes, np.float32).reshape(-1, 4))
-
-    @property
     def images(self) -> np.ndarray:
         """(R,) int32: number of the picture that each region is of."""
         return np.asarray(self._images)

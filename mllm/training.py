@@ -49,11 +49,11 @@ def train(config: MllmConfig, launched: bool = False) -> Path:
         return output
     zero = _zero_config(config, launched)
     mllm = build_mllm(config, torch.bfloat16 if zero and config.precision == "bf16" and not config.llm_preset else torch.float32)
-    dataset, val_dataset = (_dataset(config, mllm, data) for data in (config.data, config.val_data))
+    dataset, val_dataset = (read_dataset(config, mllm, data) for data in (config.data, config.val_data))
     freeze(mllm.model, config.trains, getattr(torch, config.save_dtype))
     collator, tower = _collator(config, mllm, dataset, val_dataset, output)
     use_training_loss(mllm.model, choose_block(config.loss_block, mllm.model.lm_head.out_features))
-    trainer = MllmTrainer(config, mllm, dataset, val_dataset, collator, _arguments(config, zero, output))
+    trainer = MllmTrainer(config, mllm, dataset, val_dataset, collator, training_arguments(config, zero, output))
     if rank() == 0:
         _describe(config, mllm, dataset)
         output.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,8 @@ def _zero_config(config: MllmConfig, launched: bool) -> dict | None:
         raise DataError(f"ZeRO file {path}, line {error.lineno}: not JSON ({error.msg}); correct it") from error
 
 
-def _dataset(config: MllmConfig, mllm: Mllm, data: list) -> ConversationDataset | None:
+def read_dataset(config: MllmConfig, mllm: Mllm, data: list) -> ConversationDataset | None:
+    """The files' conversations as rows; None without files."""
     if not data:
         return None
     dataset = ConversationDataset(
@@ -166,7 +167,8 @@ def _collator(config: MllmConfig, mllm: Mllm, dataset, val_dataset, output: Path
     return {name: feature_collator(part, cached[name], *ids, regions[name]) for name, part in sets.items()}, tower
 
 
-def _arguments(config: MllmConfig, zero: dict | None, output: Path) -> TrainingArguments:
+def training_arguments(config: MllmConfig, zero: dict | None, output: Path) -> TrainingArguments:
+    """The recipe in the Trainer's words; zero: DeepSpeed's configuration."""
     checkpointing = "activation_checkpointing"
     if checkpointing not in TrainingArguments.__dataclass_fields__:
         checkpointing = "gradient_checkpointing"

@@ -7,6 +7,7 @@
     python scripts/convert_checkpoint.py --to cloc   CLIP.pt  OUT --open-clip-config ViT-B-16.json --tokenizer DIR
     python scripts/convert_checkpoint.py --to llava           MLLM  OUT                 # as the llava repository's code loads it
     python scripts/convert_checkpoint.py --to llava_projector MLLM  OUT                 # its mm_projector.bin and config.json
+    python scripts/convert_checkpoint.py --to llava_lora      ADAPTER OUT               # its LoRA folder, beside the base
     python scripts/convert_checkpoint.py --to mllm            LLAVA OUT --tower CLIP    # a released LLaVA-1.5, back again
     python scripts/convert_checkpoint.py --to mllm            LORA  OUT --tower CLIP --llm VICUNA      # or a projector alone
     python scripts/convert_checkpoint.py --to mllm            ADAPTER OUT               # LoRA added to the weights it learned on
@@ -31,7 +32,7 @@ from mllm.adapter_folder import merge_adapter
 from mllm.checkpoint import SETTINGS_FILE, save_mllm
 from mllm.convert import read_llava, write_llava
 
-ENCODERS, MLLMS = ("clip", "vision", "cloc"), ("llava", "llava_projector", "mllm")
+ENCODERS, MLLMS = ("clip", "vision", "cloc"), ("llava", "llava_projector", "llava_lora", "mllm")
 
 
 def main() -> None:
@@ -92,7 +93,8 @@ def convert_encoder(arguments: argparse.Namespace, kind: str, source: Path, outp
 
 def convert_mllm(arguments: argparse.Namespace, source: Path, output: Path) -> None:
     if arguments.to != "mllm":
-        write_llava(source, output, arguments.tower, projector_only=arguments.to == "llava_projector")
+        kind = {"llava": "whole", "llava_projector": "projector", "llava_lora": "lora"}[arguments.to]
+        write_llava(source, output, arguments.tower, kind)
         return
     mllm = read_llava(source, arguments.tower, arguments.llm, arguments.template)
     dtype = getattr(torch, mllm.settings.dtype)

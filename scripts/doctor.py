@@ -98,25 +98,25 @@ def estimate(recipe: str, flags: list[str], processes: int, tflops: float | None
     from dataclasses import fields
 
     from encoder.arguments import add_fields, build, read_recipe
-    from encoder.losses import LossConfig
-    from encoder.pretraining_config import PretrainConfig
+    from encoder.pretraining_config import RUN_FIELDS, add_pretraining_flags, build_configs
     from mllm.config import MllmConfig
 
-    of_encoder = {field.name for cls in (PretrainConfig, LossConfig) for field in fields(cls)}
     of_mllm = {field.name for field in fields(MllmConfig)}
-    is_mllm = bool(read_recipe(recipe, of_encoder | of_mllm).keys() - of_encoder)
+    is_mllm = bool(read_recipe(recipe, RUN_FIELDS | of_mllm).keys() - RUN_FIELDS)
     parser = argparse.ArgumentParser(prog=f"doctor.py {recipe}")
-    for cls in (MllmConfig,) if is_mllm else (PretrainConfig, LossConfig):
-        add_fields(parser, cls)
+    if is_mllm:
+        add_fields(parser, MllmConfig)
+    else:
+        add_pretraining_flags(parser)
     # Where data lies and results go makes no difference here.
     values = {"data": ["-"], "images": "-"} if is_mllm else {"shards": "-"}
-    values |= {"output": "-", **read_recipe(recipe, of_mllm if is_mllm else of_encoder), **vars(parser.parse_args(flags))}
+    values |= {"output": "-", **read_recipe(recipe, of_mllm if is_mllm else RUN_FIELDS), **vars(parser.parse_args(flags))}
     if is_mllm:
         config = build(MllmConfig, values)
         rows, flops, steps = mllm_rows(config, processes, memory)
     else:
-        config = build(PretrainConfig, values)
-        rows, flops, steps = encoder_rows(config, build(LossConfig, values), processes, memory)
+        config, loss_config = build_configs(values)
+        rows, flops, steps = encoder_rows(config, loss_config, processes, memory)
     speed = tflops or measured_tflops(config.precision)
     source = "as stated" if tflops else f"a matrix product in {config.precision} here, measured"
     seconds = flops / (speed * 1e12 * EFFICIENCY)
@@ -166,6 +166,7 @@ def mllm_rows(config, processes: int, memory: float | None) -> tuple[list[Row], 
     if stage is None:  # bf16 is autocast then, on float32 weights
         model.float()
     fixed = state_bytes(model, stage, processes)
+    fixed["weights"] -= costs.low_bit_bytes(model, config)
     what = f"rows of {config.max_length} tokens"
     rows = memory_rows(model, fixed, cost.activation_bytes(config.gradient_checkpointing), config.batch_size, what, memory)
     flops = config.batch_size * config.gradient_accumulation * cost.flops(config.gradient_checkpointing)

@@ -3,6 +3,9 @@
     python scripts/finetune_mllm.py scripts/recipes/nano_align.yaml --tower runs/cloc --output runs/mllm_cloc
     deepspeed --num_gpus 2 scripts/finetune_mllm.py scripts/recipes/llava15_7b_finetune.yaml --tower ... --model ...
 
+    python scripts/finetune_mllm.py scripts/recipes/llava15_7b_finetune.yaml --dry-run --processes 8
+
+--dry-run says what learns, the memory by ZeRO stage, steps and tokens, and prints and draws the first batch.
 The same command again goes on from the last checkpoint.
 """
 
@@ -26,10 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="YAML file of fields; see scripts/recipes")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("--dry-run", action="store_true", help="tell what the run would do, and train nothing")
+    parser.add_argument("--processes", type=int, default=1, help="of the run that --dry-run tells about")
     add_fields(parser, MllmConfig, "fields of the recipe")
     flags = vars(parser.parse_args())
     os.environ |= slurm_environment(os.environ)
     recipe, local_rank = flags.pop("recipe"), flags.pop("local_rank")
+    dry, processes = flags.pop("dry_run"), flags.pop("processes")
     config = load_config(recipe, flags)
     # Slow to import; a mistake in the recipe is told before.
     from transformers.utils.logging import disable_progress_bar
@@ -37,6 +43,11 @@ def main() -> None:
     from mllm.training import train
 
     disable_progress_bar()
+    if dry:
+        from mllm.dry_run import dry_run
+
+        dry_run(config, processes)
+        return
     train(config, launched=local_rank is not None)
 
 

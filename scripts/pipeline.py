@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import yaml
+
 PYTHON = sys.executable
 TOWERS = ("clip", "cloc")
 # Every way to read a box with an encoder alone; a CLIP gets all that need no Prompter, and its best one is compared.
@@ -22,10 +24,24 @@ def scenes_command(folder: Path, pictures: str, train: int, evaluate: int, seed:
     return [PYTHON, "scripts/make_scenes.py", "--out", str(folder), "--pictures", pictures, *numbers]
 
 
-def training_data(scenes: Path) -> list[str]:
-    """Flags of finetune_mllm.py: the questions of a folder of scenes, and its validation split for the held-out loss."""
-    train, val = (str(scenes / "questions" / f"{split}.json") for split in ("train", "val"))
-    return ["--data", train, "--val_data", val, "--images", str(scenes / "images")]
+def training_data(scenes: Path, train: Path | None = None) -> list[str]:
+    """Flags of finetune_mllm.py: the questions of a folder of scenes, or `train`, and its val split for the held-out loss."""
+    questions = scenes / "questions"
+    data = ["--data", str(train or questions / "train.json"), "--val_data", str(questions / "val.json")]
+    return [*data, "--images", str(scenes / "images")]
+
+
+def balanced_data(scenes: Path) -> list[str]:
+    """As `training_data`, but with the name of every object and three tenths of the questions, most of which are for a box.
+
+    A box in words has some twenty tokens and a name two, and a token is what the loss counts: of the questions alone names
+    are a sixteenth, and of this mixture a quarter.
+    """
+    scenes.parent.mkdir(parents=True, exist_ok=True)
+    mixture = scenes.parent / f"{scenes.name}_balanced.yaml"
+    names, questions = (str(scenes / kind / "train.json") for kind in ("names", "questions"))
+    mixture.write_text(yaml.safe_dump([{"path": names}, {"path": questions, "weight": 0.3}]))
+    return training_data(scenes, mixture)
 
 
 def mllm_evaluations(model: Path, scenes: Path, out: Path) -> list[str]:

@@ -8,13 +8,10 @@ Any field of the recipe is also a flag. The same command again goes on from the 
 """
 
 import argparse
-import dataclasses
 import json
 import logging
-import math
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,43 +19,32 @@ import deepspeed
 import torch
 import transformers
 
-from encoder.arguments import add_fields, build, read_recipe
-from encoder.config import PRESETS, ClocConfig
+from encoder.arguments import read_recipe
 from encoder.data.batches import RegionBatches
 from encoder.data.cache import ShardCache
 from encoder.data.reader import BrokenRecords, RegionDataset
 from encoder.distributed import choose_backend, rank, world_size
 from encoder.engine import reshape_scalars
-from encoder.errors import DataError, run_main
+from encoder.errors import run_main
 from encoder.export import export_clip
-from encoder.from_clip import from_clip
 from encoder.launch import slurm_environment
 from encoder.losses import LossConfig
 from encoder.model import ADDED, ClocModel
 from encoder.optimizer import averaged_weights
-from encoder.pretrained import WHOLE, folder_kind, load_processor, load_strict
 from encoder.pretraining import pretrain
-from encoder.pretraining_config import PretrainConfig
-from encoder.processor import ClocImageProcessor, ClocProcessor
-from encoder.tokenizer import train_text_tokenizer
-
-# Where SigLIP's biases and 1/temperature start (arXiv 2303.15343, Section 3.2): nearly every pair of a batch is a negative.
-SIGMOID_BIAS, SIGMOID_SCALE = -10.0, 10.0
-BIASES = ("logit_bias", "region_logit_bias")
-TOKENIZER_RECORDS = 200_000  # a small vocabulary learns no more from more
+from encoder.pretraining_config import RUN_FIELDS, PretrainConfig, add_pretraining_flags, build_configs
+from encoder.processor import ClocProcessor
+from encoder.start import make_model
 
 
 def parse_arguments() -> tuple[PretrainConfig, LossConfig]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="YAML file with values of the fields below; flags win over it")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    add_fields(parser, PretrainConfig)
-    add_fields(parser, LossConfig)
+    add_pretraining_flags(parser)
     flags = vars(parser.parse_args())
-    known = {field.name for cls in (PretrainConfig, LossConfig) for field in dataclasses.fields(cls)}
-    values = read_recipe(flags["recipe"], known) if flags["recipe"] else {}
-    values |= {key: value for key, value in flags.items() if key in known}
-    return build(PretrainConfig, values), build(LossConfig, values)
+    values = read_recipe(flags["recipe"], RUN_FIELDS) if flags["recipe"] else {}
+    return build_configs({**values, **flags})
 
 
 def start_process_group() -> None:
@@ -79,61 +65,6 @@ def open_dataset(config: PretrainConfig) -> RegionDataset:
     log = Path(config.output) / "broken" / f"rank_{rank():05d}.txt"
     cache = ShardCache(config.shard_cache, config.shard_cache_gb)
     return RegionDataset(config.shards, cache=cache, broken=BrokenRecords(config.max_broken, log))
-
-
-def texts_of(dataset: RegionDataset) -> Iterator[str]:
-    """The texts of the first `TOKENIZER_RECORDS` records, the same on every rank."""
-    for index in range(min(len(dataset), TOKENIZER_RECORDS)):
-        try:
-            record = dataset.record(index)
-        except DataError as error:
-            dataset.broken.add(error)
-            continue
-        yield from record.captions
-        if record.alt_text:
-            yield record.alt_text
-        yield from (phrase for region in record.regions for phrase in region.phrases)
-
-
-def make_model(config: PretrainConfig, loss_config: LossConfig, dataset: RegionDataset) -> tuple[ClocModel, ClocProcessor]:
-    """The model to train, the same on every rank, and its processor."""
-    fields = config.region_fields()
-    kind = folder_kind(config.init) if config.init else None
-    adds_biases = loss_config.contrastive == "sigmoid" and not has_biases(config.init, kind)
-    if adds_biases:
-        fields["logit_bias_init_value"] = SIGMOID_BIAS
-    torch.manual_seed(config.seed)
-    if config.init:
-        if kind.startswith("cloc"):
-            model = load_strict(WHOLE[kind], config.init, BIASES if adds_biases else (), dtype=torch.float32, **fields)
-        else:
-            model = from_clip(config.init, **fields)
-        processor = load_processor(config.init)
-    else:
-        if config.preset not in PRESETS:
-            raise DataError(f"preset '{config.preset}' is not known; choose one of {', '.join(PRESETS)}")
-        limit = PRESETS[config.preset](**fields).text_config.max_position_embeddings
-        tokenizer = train_text_tokenizer(texts_of(dataset), config.vocab_size, limit)
-        model = ClocModel(PRESETS[config.preset](vocab_size=len(tokenizer), **fields))
-        image_processor = ClocImageProcessor(size=model.config.vision_config.image_size, geometry=model.config.geometry)
-        processor = ClocProcessor(image_processor, tokenizer)
-    scales = [scale for scale in (model.logit_scale, model.region_logit_scale) if scale is not None]
-    for scale in scales if adds_biases else ():
-        scale.data.fill_(math.log(SIGMOID_SCALE))
-    highest = max(float(scale.detach().exp()) for scale in scales)
-    if config.init and highest > 1.001 * loss_config.max_logit_scale:
-        raise DataError(
-            f"{config.init}: 1/temperature is {highest:.1f}, above max_logit_scale {loss_config.max_logit_scale:g}, to which the "
-            f"first step would cut it; pass --max_logit_scale {math.ceil(1.2 * highest)}"
-        )
-    return model, processor
-
-
-def has_biases(init: str | None, kind: str | None) -> bool:
-    """Whether the model to start from has the sigmoid loss's biases: any SigLIP, and a CLOC trained with them."""
-    if kind == "cloc":
-        return ClocConfig.from_pretrained(init).logit_bias_init_value is not None
-    return kind is not None and "siglip" in kind
 
 
 def save_final(engine: deepspeed.DeepSpeedEngine, processor: ClocProcessor, config: PretrainConfig, loss_config: LossConfig):

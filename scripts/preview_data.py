@@ -3,47 +3,37 @@
     python scripts/preview_data.py "runs/scenes/shards/train/*.tar" --out preview.png
     python scripts/preview_data.py runs/scenes/conversations/train.json --images runs/scenes/images
 
-Region shards (WebDataset) and conversations (LLaVA, .json or .jsonl). Boxes, points and masks are drawn after the model's
-transform. Ends with the path of the picture; exits with 1 where there were problems.
+Region shards (WebDataset) and conversations (LLaVA, .json or .jsonl, or a mixture of them, .yaml). Boxes, points and masks
+are drawn after the model's transform. Ends with the path of the picture; exits with 1 where there were problems.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
-from encoder.data.reader import IMAGE_ERRORS, RegionDataset
+from encoder.data.reader import RegionDataset
 from encoder.errors import DataError, run_main
-from encoder.geometry import Geometry
-from encoder.masks import decode_mask
-from mllm.records import check_record, read_records
+from mllm.image_input import read_picture
+from mllm.importers import IMPORTERS, NATIVE
+from mllm.mixture import YAML, Source, good_records, sources_of
+from mllm.preview import CELL, Sample, draw_sheet
+from mllm.records import Sizes, pictures_of
 from mllm.regions import Region, parse_region
-
-CELL = 300  # px of a drawn square
-LINE = 14  # px of a line of text
-MARGIN = 8
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
-
-
-@dataclass
-class Sample:
-    """One cell: the original image (RGB), its regions with a short label each, and lines to write below."""
-
-    image: Image.Image
-    regions: list[Region]
-    labels: list[str]
-    lines: list[str]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", nargs="+", help="region shards (.tar, a folder, a pattern), or one .json or .jsonl")
+    parser.add_argument(
+        "data", nargs="+", help="region shards (.tar, a folder, a pattern), or one .json, .jsonl or mixture .yaml"
+    )
     parser.add_argument("--images", type=Path, help="folder that a conversation file's image paths start from")
+    parser.add_argument(
+        "--importer", choices=IMPORTERS, default=NATIVE, help="a conversation file's format (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (default %(default)s)")
     parser.add_argument("--samples", type=int, default=12, help="samples to draw (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (default %(default)s)")
@@ -57,15 +47,17 @@ def main() -> int:
     arguments = parse_arguments()
     if min(arguments.samples, arguments.size, arguments.listed) < 1:
         raise DataError("--samples, --size and --listed must be at least 1")
-    conversations = [path for path in arguments.data if Path(path).suffix in (".json", ".jsonl")]
+    conversations = [path for path in arguments.data if Path(path).suffix in (".json", ".jsonl", *YAML)]
     if conversations and len(arguments.data) > 1:
         raise DataError(f"{conversations[0]} stands beside other data; give one conversation file, or shards alone")
-    if conversations and arguments.images is None:
+    if conversations and Path(conversations[0]).suffix not in YAML and arguments.images is None:
         raise DataError(f"{conversations[0]} holds paths of images; say with --images which folder they start from")
-    count, problems, sample_of = (
-        open_conversations(conversations[0], arguments.images) if conversations else open_shards(arguments.data)
+    count, problems, samples_of = (
+        open_conversations(sources_of(conversations, arguments.images, arguments.importer))
+        if conversations
+        else open_shards(arguments.data)
     )
-    good = check_pixels(count, sample_of, problems)
+    good = check_pixels(count, samples_of, problems)
     print(f"{len(good)} good records, {len(problems)} problems", flush=True)
     for problem in problems[: arguments.listed]:
         print(f"problem: {problem}")
@@ -74,50 +66,39 @@ def main() -> int:
     if not good:
         raise DataError("no record is good, so there is nothing to draw; correct the problems listed above")
     chosen = sorted(Random(arguments.seed).sample(good, min(arguments.samples, len(good))))
-    sheet = draw_sheet([sample_of(index) for index in chosen], arguments.geometry, arguments.size)
+    cells = [sample for index in chosen for sample in samples_of(index)]
+    sheet = draw_sheet(cells, arguments.geometry, arguments.size)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(arguments.out, "PNG")
     print(f"{len(chosen)} samples are drawn in {arguments.out}", flush=True)
     return 1 if problems else 0
 
 
-def open_shards(shards: list[str]) -> tuple[int, list[str], Callable[[int], Sample]]:
-    """Number of records, problems, and how to get the sample of a record."""
+def open_shards(shards: list[str]) -> tuple[int, list[str], Callable[[int], list[Sample]]]:
+    """Number of records, problems, and how to get the samples of a record: one."""
     dataset = RegionDataset(shards, on_error="collect")
 
-    def sample_of(index: int) -> Sample:
+    def samples_of(index: int) -> list[Sample]:
         image, record = dataset[index]
-        names = [region.phrases[0] for region in record.regions]
-        return Sample(
-            image, [Region(region.box) for region in record.regions], names, [dataset.names[index], *record.captions[:1]]
-        )
+        regions, names = [Region(region.box) for region in record.regions], [region.phrases[0] for region in record.regions]
+        return [Sample(image, regions, names, [dataset.name(index), *record.captions[:1]])]
 
-    return len(dataset), dataset.problems, sample_of
+    return len(dataset), dataset.problems, samples_of
 
 
-def open_conversations(path: str, images: Path) -> tuple[int, list[str], Callable[[int], Sample]]:
-    """The same for a conversation file; a record without an image is shown on grey."""
-    records, problems = [], []
-    for record in tqdm(read_records(path), "records", unit="record"):
-        try:
-            check_record(record, images)
-            records.append(record)
-        except DataError as error:
-            problems.append(str(error))
+def open_conversations(sources: list[Source]) -> tuple[int, list[str], Callable[[int], list[Sample]]]:
+    """The same for conversation files: a sample for each picture of a record, and a grey one where it has none."""
+    problems: list[str] = []
+    sizes: Sizes = {}
+    records = [record for source in sources for record in good_records(source, sizes, problems)]
 
-    def sample_of(index: int) -> Sample:
+    def samples_of(index: int) -> list[Sample]:
         record = records[index]
-        image = Image.new("RGB", (CELL, CELL), "lightgrey")
-        if "image" in record:
-            try:
-                with Image.open(images / record["image"]) as opened:
-                    image = opened.convert("RGB")
-            except IMAGE_ERRORS as error:
-                raise DataError(f"{record['_where']}: image {record['image']} cannot be read ({error}); replace it") from error
-        regions = [
-            parse_region(value, f"{record['_where']}: regions[{number}]", *image.size)
-            for number, value in enumerate(record.get("regions", []))
-        ]
+        where, names = record["_where"], pictures_of(record)
+        try:
+            images = [read_picture(record["_folder"] / name) for name in names] or [Image.new("RGB", (CELL, CELL), "lightgrey")]
+        except DataError as error:
+            raise DataError(f"{where}: image {error}") from error
         lines = [str(record.get("id", index))]
         for turn in record["conversations"]:
             text = turn["value"].replace("<image>", "").strip()
@@ -125,86 +106,27 @@ def open_conversations(path: str, images: Path) -> tuple[int, list[str], Callabl
                 lines[-1] += f"  {text}"
             else:
                 lines.append(text)
-        return Sample(image, regions, [str(number) for number in range(len(regions))], lines)
+        samples = []
+        for place, image in enumerate(images):
+            own = [(n, value) for n, value in enumerate(record.get("regions", [])) if value.get("image_index", 0) == place]
+            regions = [parse_region(value, f"{where}: regions[{number}]", *image.size) for number, value in own]
+            below = lines if place == 0 else [f"{lines[0].split('  ')[0]}, picture {place + 1}"]
+            samples.append(Sample(image, regions, [str(number) for number, _ in own], below))
+        return samples
 
-    return len(records), problems, sample_of
+    return len(records), problems, samples_of
 
 
-def check_pixels(count: int, sample_of: Callable[[int], Sample], problems: list[str]) -> list[int]:
-    """Decodes every image; returns the records whose image is whole, and adds the others to `problems`."""
+def check_pixels(count: int, samples_of: Callable[[int], list[Sample]], problems: list[str]) -> list[int]:
+    """Decodes every image; returns the records whose images are whole, and adds the others to `problems`."""
     good = []
     for index in tqdm(range(count), "images", unit="image"):
         try:
-            sample_of(index)
+            samples_of(index)
             good.append(index)
         except DataError as error:
             problems.append(str(error))
     return good
-
-
-def draw_sheet(samples: list[Sample], mode: str, size: int) -> Image.Image:
-    """The samples side by side: each the model's square, enlarged to `CELL` px, with its regions, and its lines below."""
-    font = ImageFont.load_default(11)
-    columns = min(4, len(samples))
-    wrapped = [[part for line in sample.lines for part in _wrap(line, font)] for sample in samples]
-    rows = [range(start, min(start + columns, len(samples))) for start in range(0, len(samples), columns)]
-    heights = [CELL + LINE * max(len(wrapped[index]) for index in row) + 2 * MARGIN for row in rows]
-    sheet = Image.new("RGB", (columns * (CELL + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    top = MARGIN
-    for row, height in zip(rows, heights, strict=True):
-        for column, index in enumerate(row):
-            left = MARGIN + column * (CELL + MARGIN)
-            sheet.paste(_draw_sample(samples[index], mode, size, font), (left, top))
-            for number, line in enumerate(wrapped[index]):
-                draw.text((left, top + CELL + 2 + number * LINE), line, fill="black", font=font)
-        top += height
-    return sheet
-
-
-def _draw_sample(sample: Sample, mode: str, size: int, font) -> Image.Image:
-    geometry = Geometry(mode, *sample.image.size, size)
-    square = geometry.apply(sample.image).resize((CELL, CELL), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(square)
-    places = []
-    for number, (region, label) in enumerate(zip(sample.regions, sample.labels, strict=True)):
-        colour = COLOURS[number % len(COLOURS)]
-        box = (geometry.boxes_to_model(torch.tensor(region.box, dtype=torch.float64)) * CELL).tolist()
-        if region.mask is not None:
-            square.paste(colour, mask=_mask_on_square(region.mask, geometry))
-        if region.point is None:
-            draw.rectangle(box, outline=colour, width=2)
-        else:
-            x, y = (geometry.points_to_model(torch.tensor(region.point, dtype=torch.float64)) * CELL).tolist()
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour, outline="white")
-        # The label sits in the box's upper left corner, moved down where another label is.
-        x, y = max(0, min(box[0], CELL - draw.textlength(label, font=font) - 4)), min(max(0, box[1]), CELL - LINE)
-        while any(abs(y - other_y) < LINE and abs(x - other_x) < 60 for other_x, other_y in places) and y < CELL - LINE:
-            y += LINE
-        places.append((x, y))
-        draw.rectangle((x, y, x + draw.textlength(label, font=font) + 4, y + LINE), fill=colour)
-        draw.text((x + 2, y), label, fill="white", font=font)
-    return square
-
-
-def _mask_on_square(rle: dict, geometry: Geometry) -> Image.Image:
-    """Half opaque where the mask is, on the drawn square."""
-    mask = Image.fromarray(decode_mask(rle)).convert("L").point(lambda value: 128 if value else 0)
-    square = Image.new("L", (geometry.size, geometry.size))
-    square.paste(mask.resize(geometry.resized, Image.Resampling.NEAREST), geometry.offset)
-    return square.resize((CELL, CELL), Image.Resampling.NEAREST)
-
-
-def _wrap(line: str, font) -> list[str]:
-    """The line in parts that fit a cell."""
-    parts = [""]
-    for word in line.split():
-        joined = f"{parts[-1]} {word}".strip()
-        if font.getlength(joined) <= CELL or not parts[-1]:
-            parts[-1] = joined
-        else:
-            parts.append(word)
-    return parts
 
 
 if __name__ == "__main__":

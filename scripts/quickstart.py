@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from encoder.errors import DataError, run_main
-from pipeline import PYTHON, TOWERS, mllm_evaluations, scenes_command, training_data
+from pipeline import PYTHON, TOWERS, balanced_data, mllm_evaluations, scenes_command
 from stages import Stage, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def finetune_command(tower: str, folder: Path, scenes: Path, steps: int, port: i
     """Finetunes one base under the deepspeed launcher."""
     launcher = [PYTHON, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(port)]
     more = ["--model", str(ROOT / "weights" / f"mllm_{tower}"), "--output", str(folder), "--max_steps", str(steps)]
-    return [*launcher, "scripts/finetune_mllm.py", "scripts/recipes/nano_finetune.yaml", *training_data(scenes), *more]
+    return [*launcher, "scripts/finetune_mllm.py", "scripts/recipes/nano_finetune.yaml", *balanced_data(scenes), *more]
 
 
 def main() -> None:

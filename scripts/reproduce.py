@@ -14,10 +14,12 @@ import shutil
 from pathlib import Path
 
 from encoder.errors import DataError, run_main
-from pipeline import PYTHON, TOWERS, in_order, mllm_evaluations, region_evaluations, scenes_command, training_data
+from pipeline import PYTHON, TOWERS, balanced_data, in_order, mllm_evaluations, region_evaluations, scenes_command, training_data
 from stages import Stage, commit, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
+# Either tower's better one of its last two, by the held-out loss of whole runs (docs/results.md).
+FEATURE_LAYER = {"clip": "-2", "cloc": "-1"}
 NOTE = "All weights were trained by scripts/reproduce.py from zero, on scenes of the base pictures; weights/README.md says how."
 
 
@@ -27,25 +29,29 @@ def encoder_command(tower: str, scenes: Path, out: Path) -> list[str]:
 
 
 def mllm_command(tower: str, out: Path) -> list[str]:
-    """One MLLM on a frozen tower: `nano_align` on scenes of one or two objects, then `nano_base` on all.
-
-    Both towers are read at layer -2, the default and the better one for either (docs/results.md). The tokenizer also reads
-    the words of the later domain, as any grown-up one has.
-    """
-    script, align = [PYTHON, "scripts/finetune_mllm.py"], out / f"align_{tower}"
+    """One MLLM on a frozen tower: `nano_align` on scenes of one or two objects, `nano_base` on all, `nano_balance` with more
+    names. The tokenizer also reads the words of the later domain, as any grown-up one has."""
+    script = [PYTHON, "scripts/finetune_mllm.py"]
+    folders = {step: str(out / f"{step}_{tower}") for step in ("align", "base", "mllm")}
     texts = [str(out / name / "conversations" / "train.json") for name in ("scenes", "words")]
-    start = ["--tower", str(out / tower / "model"), "--tokenizer_data", *texts]
-    first = [*script, "scripts/recipes/nano_align.yaml", *training_data(out / "easy"), *start, "--output", str(align)]
-    more = ["--model", str(align), "--output", str(out / f"mllm_{tower}")]
-    return in_order([first, [*script, "scripts/recipes/nano_base.yaml", *training_data(out / "scenes"), *more]])
+    start = ["--tower", str(out / tower / "model"), "--feature_layer", FEATURE_LAYER[tower], "--tokenizer_data", *texts]
+    align = [*training_data(out / "easy"), *start, "--output", folders["align"]]
+    base = [*training_data(out / "scenes"), "--model", folders["align"], "--output", folders["base"]]
+    balance = [*balanced_data(out / "scenes"), "--model", folders["base"], "--output", folders["mllm"]]
+    steps = {"nano_align": align, "nano_base": base, "nano_balance": balance}
+    return in_order([[*script, f"scripts/recipes/{recipe}.yaml", *flags] for recipe, flags in steps.items()])
 
 
 def ship(out: Path, weights: Path) -> None:
     """Copies the four finished folders into `weights`, each with its logs, and writes provenance.json beside them."""
     for tower in TOWERS:
-        mllm, align = out / f"mllm_{tower}", out / f"align_{tower}"
         _copy(out / tower / "model", weights / tower, {"log.jsonl": out / tower / "log.jsonl"})
-        logs = {f"{name}_align{suffix}": align / f"{name}{suffix}" for name, suffix in (("log", ".jsonl"), ("run", ".json"))}
+        logs = {
+            f"{name}_{step}{suffix}": out / f"{step}_{tower}" / f"{name}{suffix}"
+            for step in ("align", "base")
+            for name, suffix in (("log", ".jsonl"), ("run", ".json"))
+        }
+        mllm = out / f"mllm_{tower}"
         _copy(mllm, weights / f"mllm_{tower}", {"log.jsonl": mllm / "log.jsonl", **logs})
     stages = {file.stem: json.loads(file.read_text()) for file in (out / "done").glob("*.json")}
     record = {

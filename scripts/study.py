@@ -22,30 +22,28 @@ from tqdm import tqdm
 from encoder.arguments import read_recipe
 from encoder.config import PRESETS, RegionConfig
 from encoder.errors import DataError, run_main
-from encoder.losses import LossConfig
-from encoder.pretraining_config import PretrainConfig
+from encoder.pretraining_config import RUN_FIELDS, PretrainConfig
 from pipeline import PYTHON
 from study_table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
-# Fields that differ from the recipe's; `model_fields` adds to the recipe's. `init: clip` goes on from the variant `clip` of the
-# same seed, for as many steps again.
+# Fields that differ from the recipe's. `init: clip` goes on from the variant `clip` of the same seed, for as many steps again.
 VARIANTS: dict[str, dict] = {
     "clip": {"objective": "clip"},
     "cloc": {},
-    "roi_align": {"model_fields": "region_encoder=roi_align prompter_shared=true", "grounding_loss_weight": 0.0},
+    "roi_align": {"region_encoder": "roi_align", "prompter_shared": True, "grounding_loss_weight": 0.0},
     "mean": {"prompter_readout": "mean"},
     "no_grounding": {"grounding_loss_weight": 0.0},
     "filter_0.9": {"similar_text_threshold": 0.9},
     "filter_off": {"similar_text_threshold": None},
     "boxes_1": {"max_boxes": 1},
     "boxes_2": {"max_boxes": 2},
-    "joint": {"model_fields": "box_token=joint"},
+    "joint": {"box_token": "joint"},
     "l1_giou": {"grounding_norm": "l1_giou"},
-    "shared_prompter": {"model_fields": "prompter_shared=true"},
-    "own_temperature": {"model_fields": "region_temperature=own"},
+    "shared_prompter": {"prompter_shared": True},
+    "own_temperature": {"region_temperature": "own"},
     "from_clip": {"init": "clip"},
-    "l1_giou_joint": {"grounding_norm": "l1_giou", "model_fields": "box_token=joint"},
+    "l1_giou_joint": {"grounding_norm": "l1_giou", "box_token": "joint"},
     "grounding_10": {"grounding_loss_weight": 10.0},
 }
 
@@ -69,32 +67,27 @@ def run_folder(out: Path, variant: str, seed: int) -> Path:
 
 
 def variant_values(args: argparse.Namespace, variant: str, seed: int) -> dict:
-    """The fields of `PretrainConfig` and `LossConfig` of one run."""
-    known = {field.name for cls in (PretrainConfig, LossConfig) for field in dataclasses.fields(cls)}
-    values = read_recipe(args.recipe, known)
+    """The fields of one run, by names of `RUN_FIELDS`."""
+    values = read_recipe(args.recipe, RUN_FIELDS)
     values["steps"] = args.steps or int(values["steps"])
     # A short run is warmed up for its tenth at most.
     values["warmup_steps"] = min(int(values.get("warmup_steps", PretrainConfig.warmup_steps)), values["steps"] // 10)
     folder = run_folder(args.out, variant, seed)
     values |= {"seed": seed, "shards": str(args.scenes / "shards" / "train"), "output": str(folder / "training")}
     changed = dict(VARIANTS[variant])
-    words = [values.get("model_fields"), changed.get("model_fields")]  # of a field given twice the last counts
     if "init" in changed:
-        words.insert(0, preset_fields(values["preset"]))
         changed["init"] = str(run_folder(args.out, changed["init"], seed) / "training" / "model")
-    values |= changed
-    values["model_fields"] = " ".join(word for word in words if word) or None
-    return values
+        values = preset_fields(values["preset"]) | values
+    return values | changed
 
 
-def preset_fields(name: str) -> str:
-    """What a preset sets of `RegionConfig`, which a CLIP to start from does not bring, as `model_fields`."""
+def preset_fields(name: str) -> dict:
+    """What a preset sets of `RegionConfig`, which a CLIP to start from does not bring."""
     if name not in PRESETS:
         raise DataError(f"preset '{name}' is not known; choose one of {', '.join(PRESETS)}")
-    preset, fields = PRESETS[name](), dataclasses.fields(RegionConfig)
-    return " ".join(
-        f"{field.name}={getattr(preset, field.name)}" for field in fields if getattr(preset, field.name) != field.default
-    )
+    preset = PRESETS[name]()
+    values = {field.name: getattr(preset, field.name) for field in dataclasses.fields(RegionConfig)}
+    return {key: value for key, value in values.items() if value != getattr(RegionConfig, key)}
 
 
 def check_settings(args: argparse.Namespace) -> None:

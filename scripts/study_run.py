@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from encoder.arguments import build
 from encoder.losses import LossConfig
 from encoder.model import RegionEncoder
 from encoder.pretrained import load_encoder
 from encoder.pretraining import pretrain
-from encoder.pretraining_config import PretrainConfig
+from encoder.pretraining_config import PretrainConfig, build_configs
 from eval.answering import EncoderAnswerer, answer_all, best_device
 from eval.coco_files import Instances, read_instances
 from eval.embedding import Embedder
@@ -35,8 +34,8 @@ OWN_READING, WITHOUT_PROMPTER = ("prompter", -1), ("roialign", -1)
 
 
 def train_and_evaluate(values: dict, scenes: Path, folder: Path, changed: dict) -> None:
-    """values: fields of `PretrainConfig` and `LossConfig`; changed: those that make the variant. Goes on where it stopped."""
-    config, loss_config = build(PretrainConfig, values), build(LossConfig, values)
+    """values: of the run's fields; changed: those that make the variant. Goes on where it stopped."""
+    config, loss_config = build_configs(values)
     timing = Path(config.output) / "timing.json"  # written last: the encoder is whole
     if not timing.is_file():
         timing.write_text(json.dumps(train(config, loss_config)) + "\n")

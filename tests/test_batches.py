@@ -68,6 +68,16 @@ def test_two_ranks_joined_are_one(make, decode):
         assert content(one[step], decode) == joined
 
 
+def test_parts_that_workers_read_are_those_of_the_batch(make, decode):
+    """In order, also over ranks; none is larger than its share."""
+    one, ranks = make(), [make(rank=rank, world_size=2) for rank in range(2)]
+    loaded = [list(batch_loader(batches, 3, 5, workers, parts=2)) for workers, batches in enumerate(ranks)]
+    assert all(len(part["pixel_values"]) == BATCH // 4 for parts in loaded for part in parts)
+    for number, step in enumerate((3, 4)):
+        parts = [part for of_rank in loaded for part in of_rank[2 * number : 2 * number + 2]]
+        assert [item for part in parts for item in content(part, decode)] == content(one[step], decode)
+
+
 def test_some_rank_has_no_region_in_some_step(make):
     """So the other tests do cover uneven and empty ranks."""
     counts = [len(make(rank=rank, world_size=4)[step]["boxes"]) for rank in range(4) for step in range(6)]

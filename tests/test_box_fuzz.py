@@ -4,6 +4,8 @@ A few thousand cases by default; BOX_FUZZ_CASES=100000 runs as many as that.
 """
 
 import os
+import random
+import re
 
 import pytest
 import torch
@@ -55,6 +57,30 @@ def test_every_answer_is_a_box_inside_the_square_or_has_a_reason(answer, codec):
     assert reason is None
     x1, y1, x2, y2 = found.tolist()
     assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+
+
+def test_a_hundred_thousand_answers_of_fragments():
+    """What hypothesis has no time for in a test run: many long mixtures of pieces of boxes, from a seed."""
+    rng, kinds = random.Random(0), {True: 0, False: 0}
+    digits = ["7", "45", "012", "999", "1000", "0.12", "0.123", "1.000", "-3", "\u0660\u0661\u0662", "\u00b2\u00b2\u00b2"]
+    pieces = [*digits, "[", "]", ", ", ",", " ", "<loc_", ">", "><loc_", "[012, 345, 678, 999]", "[0.012, 0.345, 0.678, 0.999]"]
+    codecs = [BoxCodec(name) for name in CODECS]
+    for number in range(100_000):
+        if number % 2:
+            answer = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
+        else:  # four numbers in a codec's own marks: in order, out of order, out of range
+            codec = codecs[number // 2 % len(codecs)]
+            answer = codec.encode(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+            for old in sorted(set(re.findall(r"[\d.]+", answer)), key=len, reverse=True):
+                answer = answer.replace(old, rng.choice([old, old[::-1], rng.choice(digits)]), 1)
+        for codec in codecs:
+            found, reason = codec.decode(answer)
+            assert (found is None) == (reason is not None), answer
+            kinds[found is None] += 1
+            if found is not None:
+                x1, y1, x2, y2 = found.tolist()
+                assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1, answer
+    assert kinds[True] > 100_000 and kinds[False] > 10_000
 
 
 def slow_int1000(answer: str) -> tuple[int, ...] | None:

@@ -50,8 +50,9 @@ def write_run(folder, right: float, seed: int, num: int = 60, protocol=None, var
                     answers.append(Prediction(target.id, target.image, "What is <region:0>?", raw))
                 else:
                     x1, y1, x2, y2 = target.box
+                    words = {"float3": "[0.100, 0.200, 0.300, 0.400]"}.get((protocol or {}).get("codec"), "[100, 200, 300, 400]")
                     box = target.box if good else (x1 + 15, y1, x2 + 15, y2)
-                    answers.append(Prediction(target.id, target.image, f"Where is {target.text}?", "[...]", box))
+                    answers.append(Prediction(target.id, target.image, f"Where is {target.text}?", words, box))
             log.append(answers)
     return folder
 
@@ -158,7 +159,7 @@ def test_drawn_boxes_lie_where_they_are(tmp_path, pictures):
 
     entry = load_run(str(write_run(tmp_path / "a", 1.0, 0, images=pictures))).entries["refcoco/val"][0]
     target = entry.evaluation.targets[4]
-    answers = (entry.evaluation.predictions[4], Prediction("4", "", "", "", (60.0, 40.0, 75.0, 55.0)))
+    answers = (entry.evaluation.predictions[4], Prediction("4", "2.png", "", "", (60.0, 40.0, 75.0, 55.0)))
     jpeg = draw_example(Example(entry.evaluation, 4, answers, (1.0, 0.0)), pictures)
     pixels = np.asarray(Image.open(io.BytesIO(jpeg))).astype(int)
     assert pixels.shape == (300, 400, 3), "80x60 px, long side 400"

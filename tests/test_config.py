@@ -1,17 +1,15 @@
 """`ClocConfig`: every open point of the paper is a field, contradictions are refused, folders round-trip through AutoConfig."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from encoder.arguments import build, read_recipe
+from encoder.arguments import read_recipe
 from encoder.config import PRESETS, ClocConfig, ClocSiglipConfig, RegionConfig, b16, h14_336, l14_336, tiny
 from encoder.errors import DataError
-from encoder.losses import LossConfig
-from encoder.pretraining import PretrainConfig
+from encoder.pretraining_config import RUN_FIELDS, build_configs
 
 # Section 8 of the specification: the field for each point, and the default that it prescribes.
 OPEN_POINTS = {
@@ -62,9 +60,7 @@ def test_paper_presets_have_the_published_sizes():
 def test_the_papers_recipes_are_table_a(name):
     """The training part of Table A, once more and by hand, against the recipe as the script reads it."""
     path = Path(__file__).parents[1] / "scripts" / "recipes" / f"cloc_{name}.yaml"
-    known = {field.name for cls in (PretrainConfig, LossConfig) for field in dataclasses.fields(cls)}
-    values = read_recipe(path, known)
-    train, loss = build(PretrainConfig, {**values, "shards": "a", "output": "b"}), build(LossConfig, values)
+    train, loss = build_configs({**read_recipe(path, RUN_FIELDS), "shards": "a", "output": "b"})
     assert (train.preset, train.objective, train.vocab_size) == (name, "cloc", 32100)
     assert (train.batch_size, train.steps, train.warmup_steps) == (32768, 439087, 2000)
     assert (train.learning_rate, train.beta1, train.beta2, train.weight_decay) == (5e-4, 0.9, 0.98, 0.2)

@@ -44,7 +44,7 @@ def real_pass(model: ClocModel, max_boxes: int, length: int):
 
 @pytest.mark.parametrize("readout", ["mean", "prompt"])
 def test_parameters_and_arithmetic_are_those_of_the_real_model(readout):
-    config = PretrainConfig(**RUN, prompter_readout=readout)
+    config = PretrainConfig(**RUN, model_fields={"prompter_readout": readout})
     model = meta_encoder(config, LossConfig())
     real = ClocModel(PRESETS["tiny"](vocab_size=96, prompter_readout=readout)).train()
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}

@@ -92,7 +92,7 @@ def test_phrases_come_from_the_original_files_and_an_encoder_answers(tmp_path, t
     detections = [{"image_id": 1000092795, "bbox": [30, 4, 15, 37], "score": 1.0}]
     detections.append({"image_id": 1000092795, "bbox": [0, 0, 3, 3], "score": 0.1})
     run(flickr30k_entities, *flags, "--rank", "prompter", "--proposals", write_json(tmp_path / "found.json", detections))
-    scores = json.loads((tmp_path / "run/flickr30k_entities/train/prompter/scores.json").read_text())
+    scores = json.loads((tmp_path / "run/flickr30k_entities_ranking/train/prompter/scores.json").read_text())
     assert scores["any_box_recall_5"] == 1.0 and scores["merged_box_recall_10"] == pytest.approx(1 / 3)
     with pytest.raises(DataError, match="no phrase of split test has a box"):
         run(flickr30k_entities, *flags[:7], "test", "--out", tmp_path / "b")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from encoder.errors import DataError, run_main
+from mllm import training
 from mllm.checkpoint import load_mllm, save_mllm
 from mllm.config import MllmConfig
 from mllm.convert import read_llava, write_llava
@@ -154,7 +155,7 @@ def test_out_again_every_name_and_bit_is_the_same(parts, read, tmp_path):
 
 def test_a_projector_alone_in_both_directions(parts, read, tmp_path):
     folder, state = parts
-    write_llava(read, tmp_path / "out", projector_only=True)
+    write_llava(read, tmp_path / "out", kind="projector")
     projector = torch.load(tmp_path / "out" / "mm_projector.bin", weights_only=True)
     assert projector.keys() == PROJECTOR and all(torch.equal(projector[name], state[name]) for name in PROJECTOR)
     # Training may start from it: a file or its folder.
@@ -166,6 +167,28 @@ def test_a_projector_alone_in_both_directions(parts, read, tmp_path):
     check_logits(mllm.model, state, language_model(folder), CLIPVisionModel.from_pretrained(folder / "clip", dtype=torch.float16))
     with pytest.raises(DataError, match="projector or LoRA alone; name the folder of its language model"):
         read_llava(tmp_path / "out", tower=folder / "clip")
+
+
+def test_a_linear_projector_is_one_layer_there(parts, tmp_path):
+    folder, state = parts
+    mlp = {name: value for name, value in state.items() if "mm_projector" not in name}
+    linear = {"model.mm_projector.weight": torch.randn(24, 32).half(), "model.mm_projector.bias": torch.randn(24).half()}
+    mllm = read_llava(write_whole(tmp_path / "in", mlp | linear, folder / "vicuna", mm_projector_type="linear"), folder / "clip")
+    features = torch.randn(5, 32)
+    expected = features @ linear["model.mm_projector.weight"].float().T + linear["model.mm_projector.bias"].float()
+    torch.testing.assert_close(mllm.model.float().model.multi_modal_projector(features), expected)
+    save_mllm(tmp_path / "mllm", mllm.model, mllm.tokenizer, mllm.settings, torch.float16, None, mllm.sentencepiece_model)
+    write_llava(tmp_path / "mllm", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == (mlp | linear).keys() and all(torch.equal(written[name], linear[name]) for name in linear)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_projector_type"] == "linear"
+    torch.save(linear, tmp_path / "mm_projector.bin")
+    base = recipe(
+        folder, llm_preset=None, llm=str(folder / "vicuna"), template="vicuna_v1", projector=str(tmp_path / "mm_projector.bin")
+    )
+    assert build_mllm(MllmConfig(**base, projector_type="linear")).model.config.projector_hidden_act == "linear"
+    with pytest.raises(DataError, match="is of projector_type linear; pass that, or leave projector out"):
+        build_mllm(MllmConfig(**base))
 
 
 def test_lora_is_merged_and_its_names_are_checked(parts, tmp_path):
@@ -215,6 +238,38 @@ def test_a_tokenizer_of_our_own_survives_both_ways(parts, tmp_path):
     assert again(text)["input_ids"] == mllm.tokenizer(text)["input_ids"] == pieces.encode(text)
 
 
+def test_lora_of_an_adapter_folder_goes_out_and_comes_back(parts, tmp_path):
+    folder, _ = parts
+    base = {
+        "llm_preset": None,
+        "llm": str(folder / "vicuna"),
+        "template": "vicuna_v1",
+        "max_length": 800,
+        "save_dtype": "float32",
+    }
+    lora = {"train": ["projector", "llm_lora"], "lora_rank": 4, "lora_alpha": 8.0, "save_adapter": True, "learning_rate": 0.05}
+    adapter = training.train(MllmConfig(**recipe(folder, output=str(tmp_path / "adapter"), max_steps=2, **base, **lora)))
+    write_llava(adapter, tmp_path / "out", kind="lora")
+    assert {"adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    names = torch.load(tmp_path / "out" / "adapter_model.bin", weights_only=True)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 380
+    again = read_llava(tmp_path / "out", llm=folder / "vicuna").model.float()
+    ours = load_mllm(adapter)[0]
+    before = language_model(folder).model.layers[0].mlp.up_proj.weight.float()
+    learned = ours.model.language_model.layers[0].mlp.up_proj.weight - before
+    assert learned.abs().max() > 1e-3
+    torch.testing.assert_close(again.model.language_model.layers[0].mlp.up_proj.weight - before, learned, atol=2e-4, rtol=0)
+    ids = torch.tensor([[1, *[ours.config.image_token_id] * 25, 20, 30]])
+    with torch.no_grad():
+        expected = ours(input_ids=ids, pixel_values=PIXELS).logits
+        torch.testing.assert_close(
+            again(input_ids=ids, pixel_values=PIXELS).logits[..., :380], expected[..., :380], atol=0.02, rtol=0.02
+        )
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -237,7 +292,7 @@ def test_unused_missing_and_unfitting_parameters_are_named(parts, tmp_path, chan
 @pytest.mark.parametrize(
     "fields, sentence",
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear', only mlp2x_gelu is read"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu', only mlp2x_gelu or linear is read"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch', only patch"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', only pad"),
         ({"model_type": "llama"}, "model_type is 'llama'; it is of no LLaVA"),

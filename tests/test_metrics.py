@@ -1,6 +1,7 @@
 """Metrics against independent references: pycocotools' IoU, naive float64 loops, textbook values."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -171,3 +172,18 @@ def test_recall_equals_a_loop_over_every_order():
             values.append(sum(any(i in right for i in order[:k]) for order in orders) / len(orders))
     for k, values in expected.items():
         np.testing.assert_allclose(metrics.recall_at(k, np.array(places)), values, atol=1e-12)
+
+
+def test_sign_test_has_the_values_of_the_binomial_distribution():
+    """Exact tails by summing over all outcomes; 9 : 1 is the textbook's 0.0215."""
+    for better, worse in ((9, 1), (5, 5), (0, 0), (0, 7), (30, 12)):
+        difference = np.array([1.0] * better + [-1.0] * worse + [0.0] * 3 + [1.0, -1.0])
+        images = [*range(better + worse + 3), "both", "both"]
+        found = metrics.sign_test(difference, np.array(images, dtype=str))
+        n = better + worse
+        tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
+        assert (found.better, found.worse) == (better, worse) and found.p == pytest.approx(min(1.0, 2 * tail))
+    assert metrics.sign_test(np.array([1.0] * 9 + [-1.0]), np.arange(10)).p == pytest.approx(0.0215, abs=5e-5)
+    assert metrics.sign_test(np.tile([1.0, 1.0, -1.0], 3000), np.arange(9000)).p < 1e-100, (
+        "exact, and quick, for a whole benchmark"
+    )

@@ -104,6 +104,7 @@ def bad(record, **changes):
         ({"conversations": []}, "'conversations' is missing or empty"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\] lacks"),
         ({"conversations": [{"from": "bot", "value": "<image>"}]}, "'bot'; use human"),
+        ({"conversations": [{"from": "human", "value": "<image>"}]}, "no gpt turn, so there is nothing to learn"),
         ({"image": "nowhere.png"}, "nowhere.png does not exist"),
         ({"image": "broken.png"}, "broken.png cannot be read"),
         ({"width": 7}, "width x height say 7x"),
@@ -112,7 +113,7 @@ def bad(record, **changes):
         ({"regions": [{"box": [0, 0, 500, 9]}, {"box": [0, 0, 5, 5]}]}, r"regions\[0\].box .* leaves the"),
         ({"regions": [{"bbox": [0, 0, 5, 9]}, {"box": [0, 0, 5, 5]}]}, r"regions\[0\] is {'bbox'"),
         (
-            {"conversations": [{"from": "human", "value": "no mark"}]},
+            {"conversations": [{"from": "human", "value": "no mark"}, {"from": "gpt", "value": "no"}]},
             "1 pictures need as many <image> in the human turns, 0 found",
         ),
     ],

@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(world, uninterrupted):
 
 def test_cached_features_give_the_loss_and_the_gradients_of_the_tower_itself(world, tmp_path):
     mllm = build_mllm(MllmConfig(**recipe(world)))
-    dataset = training._dataset(MllmConfig(**recipe(world)), mllm, [str(world / "conversations_0.json")])
+    dataset = training.read_dataset(MllmConfig(**recipe(world)), mllm, [str(world / "conversations_0.json")])
     ids = mllm.model.config.image_token_id, mllm.tokenizer.pad_token_id
     features = cache_features(mllm.model, dataset, tmp_path, batch_size=5, progress=False)
     rows = [dataset[index] for index in (0, 3, 16, 5)]
@@ -116,7 +116,7 @@ def test_cached_features_give_the_loss_and_the_gradients_of_the_tower_itself(wor
 
 def test_the_cache_is_made_once_per_tower_layer_and_pictures(world, tmp_path, monkeypatch):
     mllm = build_mllm(MllmConfig(**recipe(world)))
-    dataset = training._dataset(MllmConfig(**recipe(world)), mllm, [str(world / "conversations_0.json")])
+    dataset = training.read_dataset(MllmConfig(**recipe(world)), mllm, [str(world / "conversations_0.json")])
     first = cache_features(mllm.model, dataset, tmp_path, progress=False)
     assert first.shape == (16, 26, 32) and first.dtype == torch.float16
     torch.testing.assert_close(sample_features(first, 25), measure_features(mllm.model, dataset), atol=5e-3, rtol=1e-3)
@@ -132,7 +132,7 @@ def test_a_batch_without_pictures_still_reaches_tower_and_projector(world):
     """Zero gradients, not missing ones: a rank without pictures takes part in every collective, and adds nothing."""
     config = MllmConfig(**recipe(world, train=["projector", "llm", "tower"]))
     mllm = build_mllm(config)
-    dataset = training._dataset(config, mllm, config.data)
+    dataset = training.read_dataset(config, mllm, config.data)
     collate = pixel_collator(dataset, mllm.model.config.image_token_id, mllm.tokenizer.pad_token_id)
     batch = collate([dataset[16], dataset[17]])
     loss = mllm.model(**batch).loss

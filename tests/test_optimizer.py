@@ -46,7 +46,7 @@ def test_the_average_is_the_sum_written_out():
     decay, runs = 0.8, []
     for kind in (PretrainAdamW, torch.optim.AdamW):
         parameters = [torch.nn.Parameter(value.clone()) for value in start]
-        options = {"ema_decay": decay} if kind is PretrainAdamW else {}
+        options = {"ema_decay": decay} if kind is PretrainAdamW else {"fused": True}
         optimizer, path = kind([{"params": parameters}], lr=0.1, weight_decay=0.1, **options), []
         for step in gradients:
             for parameter, gradient in zip(parameters[:2], step, strict=False):
@@ -62,3 +62,19 @@ def test_the_average_is_the_sum_written_out():
             average += (1 - decay) * decay ** (5 - step) * path[step][number].double()
         torch.testing.assert_close(optimizer.state[ours[number]]["ema"].double(), average, rtol=1e-5, atol=1e-6)
     assert ours[2] not in optimizer.state and torch.equal(ours[2], start[2])
+
+
+def test_its_bound_and_norm_of_the_gradient_are_torchs():
+    torch.manual_seed(0)
+    gradients = [torch.randn(4, 3), torch.randn(5)]
+    for bound in (0.5, 100.0, 0.0):
+        ours, theirs = ([torch.nn.Parameter(torch.ones_like(gradient)) for gradient in gradients] for _ in range(2))
+        for parameters in (ours, theirs):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+        optimizer = PretrainAdamW([{"params": ours}], max_grad_norm=bound, lr=0.1)
+        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, bound or math.inf)
+        torch.optim.AdamW(theirs, lr=0.1, fused=True).step()
+        assert torch.equal(optimizer._global_grad_norm, norm)
+        assert all(torch.equal(a, b) and torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))

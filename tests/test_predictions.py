@@ -26,7 +26,7 @@ def open_log(folder, **changes):
 
 
 def answer(i, box=(10.0, 10.0, 30.0, 30.0), reason=None):
-    return Prediction(str(i), f"{i // 2}.png", f"Where is apple {i}?", "raw", box, reason)
+    return Prediction(str(i), f"{i // 2}.png", f"Where is apple {i}?", "[100, 200, 300, 600]", box, reason)
 
 
 def test_answers_come_back_joined_by_id_with_their_provenance(tmp_path):
@@ -57,7 +57,7 @@ def test_scores_need_no_model_and_count_what_was_not_parsed(tmp_path):
 
 def test_names_are_compared_without_case_or_outer_blanks(tmp_path):
     log = open_log(tmp_path, protocol={"task": "naming"})
-    log.append([Prediction(str(i), "", "", raw) for i, raw in enumerate([" Apple ", "apple", "apples", "an apple"])])
+    log.append([Prediction(str(i), f"{i // 2}.png", "", raw) for i, raw in enumerate([" Apple ", "apple", "apples", "an apple"])])
     assert score_questions(load_evaluation(tmp_path)).hits.tolist() == [1, 1, 0, 0]
 
 
@@ -124,6 +124,20 @@ def test_missing_doubled_unknown_and_broken_answers_are_errors(tmp_path):
         log.append([answer(3, (float("nan"), 0.0, 1.0, 1.0))])
     with pytest.raises(DataError, match="no evaluation"):
         find_evaluations(tmp_path / "elsewhere")
+
+
+def test_predictions_of_another_split_or_codec_are_refused(tmp_path):
+    log = open_log(tmp_path)
+    log.append([answer(i) for i in range(4)])
+    path = tmp_path / "predictions.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.replace('"image": "1.png"', '"image": "7.png"'))
+    with pytest.raises(DataError, match="id 2 is answered about 7.png, the question is about 1.png; .*another split"):
+        score_folder(tmp_path)
+    path.write_text(whole.replace("[100, 200, 300, 600]", "[0.100, 0.200, 0.300, 0.600]"))
+    with pytest.raises(DataError, match="id 0 has a box, but its words .*hold none in codec 'int1000'"):
+        score_folder(tmp_path)
+    assert not (tmp_path / "scores.json").exists()
 
 
 def test_a_run_that_states_no_known_task_is_refused(tmp_path):

@@ -1,30 +1,37 @@
-"""What `scripts/pretrain_encoder.py` starts from: the temperature and the biases of the sigmoid loss."""
+"""What a pretraining run starts from: its configuration without weights, fields set by flags, temperature and biases."""
 
-import runpy
-from dataclasses import replace
-from pathlib import Path
+import argparse
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import write_shards
+from transformers import CLIPConfig, SiglipConfig, SiglipModel
 
-from encoder.config import tiny
+from encoder import start
+from encoder.checkpoint import LATEST, TOKENIZER
+from encoder.config import ClocConfig, tiny
+from encoder.costs import encoder_cost, meta_encoder
+from encoder.data.reader import RegionDataset
 from encoder.errors import DataError
 from encoder.export import export_clip
+from encoder.from_clip import from_clip
 from encoder.losses import LossConfig
 from encoder.model import ClocModel
-from encoder.pretraining_config import PretrainConfig
+from encoder.pretraining_config import PretrainConfig, add_pretraining_flags, build_configs
+from encoder.processor import ClocImageProcessor, ClocProcessor
+from encoder.start import make_model, own_tokenizer, start_config, texts_of
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_encoder.py"
 
-
-@pytest.fixture(scope="module")
-def make_model():
-    return runpy.run_path(str(SCRIPT))["make_model"]
+@pytest.fixture()
+def processor_of_any(monkeypatch):
+    """The folders here have no tokenizer."""
+    monkeypatch.setattr(start, "load_processor", lambda folder: ClocProcessor(ClocImageProcessor(size=32)))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, request):
-    """A CLIP with OpenAI's temperature, a CLOC with the same, and a CLOC trained with the sigmoid loss; tokenizers left out."""
+    """A CLIP with OpenAI's temperature, a CLOC with the same, one trained with the sigmoid loss, a SigLIP and a CLOC on it."""
     base = tmp_path_factory.mktemp("folders")
     torch.manual_seed(0)
     model = ClocModel(tiny(vocab_size=64))
@@ -34,6 +41,11 @@ def folders(tmp_path_factory, request):
     sigmoid = ClocModel(tiny(vocab_size=64, logit_bias_init_value=-10.0))
     sigmoid.logit_scale.data.fill_(3.0), sigmoid.logit_bias.data.fill_(-8.0)
     sigmoid.save_pretrained(base / "sigmoid")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "max_position_embeddings": 24, "projection_size": 32}
+    siglip = SiglipModel(SiglipConfig(vision_config={**sizes, "image_size": 32, "patch_size": 8}, text_config=text))
+    siglip.save_pretrained(base / "siglip")
+    from_clip(base / "siglip", prompter_readout="prompt").save_pretrained(base / "cloc_siglip")
     return base
 
 
@@ -47,16 +59,99 @@ def folders(tmp_path_factory, request):
         ("sigmoid", "sigmoid", 20.0855, -8.0),
     ],
 )
-def test_temperature_and_bias_at_the_start(folders, make_model, monkeypatch, name, contrastive, scale, bias):
-    monkeypatch.setitem(make_model.__globals__, "load_processor", lambda folder: None)
+def test_temperature_and_bias_at_the_start(folders, processor_of_any, name, contrastive, scale, bias):
     config = PretrainConfig(shards="", output="", init=str(folders / name))
     model, _ = make_model(config, LossConfig(contrastive=contrastive), None)
     assert float(model.logit_scale.exp()) == pytest.approx(scale, rel=1e-3)
     assert (model.logit_bias is None) if bias is None else (float(model.logit_bias) == bias)
 
 
-def test_a_temperature_above_the_ceiling_is_refused_before_the_first_step_cuts_it(folders, make_model, monkeypatch):
-    monkeypatch.setitem(make_model.__globals__, "load_processor", lambda folder: None)
+def test_a_temperature_above_the_ceiling_is_refused_before_the_first_step_cuts_it(folders, processor_of_any):
     config = PretrainConfig(shards="", output="", init=str(folders / "clip"))
     with pytest.raises(DataError, match="1/temperature is 100.0, above max_logit_scale 50.*--max_logit_scale 121"):
         make_model(config, replace(LossConfig(), max_logit_scale=50.0), None)
+
+
+INITS = ("clip", "cloc", "sigmoid", "siglip", "cloc_siglip")
+
+
+@pytest.mark.parametrize("contrastive", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("init", INITS)
+def test_the_configuration_and_the_cost_are_known_without_the_weights(folders, processor_of_any, init, contrastive):
+    """From any encoder: what the doctor reckons with is the model that the run then builds."""
+    config = PretrainConfig(shards="", output="", init=str(folders / init), precision="fp32")
+    model, _ = make_model(config, LossConfig(contrastive=contrastive), None)
+    known = start_config(config, LossConfig(contrastive=contrastive))
+    for part in (known, known.vision_config, known.text_config):  # loaded weights have one, a configuration need not
+        part.dtype = torch.float32
+    assert known.to_diff_dict() == model.config.to_diff_dict()
+    meta = meta_encoder(config, LossConfig(contrastive=contrastive))
+    assert type(meta) is type(model)
+    assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    cost = encoder_cost(meta, config)
+    assert cost.flops(recompute=False) > 1e6 and cost.saved_bytes > 1e5
+
+
+def test_every_field_that_cloc_adds_is_a_flag_and_reaches_the_model():
+    """By construction: a field that is added to `ClocConfig` is a flag too, explained by its line in the docstring."""
+    added = {field.name for field in fields(ClocConfig)} - {field.name for field in fields(CLIPConfig)}
+    parser = argparse.ArgumentParser()
+    add_pretraining_flags(parser)
+    helps = {action.dest: action.help for action in parser._actions}
+    assert len(added) >= 15 and all(len(helps[name].split(" (default ")[0]) > 20 for name in added)
+    other = {"mean": "prompt", "all": "patches", "corners": "joint", "shared": "own", "pad": "squash", "normal": "sincos"}
+    other |= {"prompter": "prompter", True: False, False: True, 4.0: 2.0, 0.5: 0.25, 32.0: 9.5, None: 24}
+    chosen = {name: other[getattr(ClocConfig(), name)] for name in added}
+    flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value).lower())]
+    values = vars(parser.parse_args(["--shards", "a", "--output", "b", "--preset", "tiny", *flags]))
+    config, loss_config = build_configs(values)
+    assert config.model_fields == chosen
+    model_config = start_config(config, loss_config)
+    assert {name: getattr(model_config, name) for name in added} == chosen
+
+
+def test_geometry_is_one_for_the_model_and_its_pictures(folders, processor_of_any):
+    for given, expected in (({}, "pad"), ({"geometry": "squash"}, "squash")):
+        config = PretrainConfig(shards="", output="", init=str(folders / "cloc"), model_fields=given)
+        model, processor = make_model(config, LossConfig(), None)
+        assert model.config.geometry == processor.image_processor.geometry == expected
+
+
+def test_fields_that_a_siglip_has_not_are_refused(folders):
+    given = {"position_init": "sincos", "logit_bias_init_value": -10.0, "box_token": "joint"}
+    config = PretrainConfig(shards="", output="", init=str(folders / "siglip"), model_fields=given)
+    with pytest.raises(DataError, match="is a SigLIP, which has no logit_bias_init_value and no position_init; leave that out"):
+        start_config(config, LossConfig())
+
+
+def test_a_tokenizer_reads_each_source_by_its_weight(tmp_path, monkeypatch):
+    """One source: every record once. Two: the first is not read before the second, whatever their sizes."""
+    for name, count in (("large", 48), ("small", 16)):
+        write_shards(tmp_path / name, count)
+    seen, real = [], RegionDataset.record
+    monkeypatch.setattr(RegionDataset, "record", lambda self, index: seen.append(index) or real(self, index))
+    one = RegionDataset(tmp_path / "large", progress=False)
+    list(texts_of(one, seed=0))
+    assert seen == list(range(48))
+    monkeypatch.setattr(start, "TOKENIZER_RECORDS", 20)
+    seen.clear()
+    (tmp_path / "mix.yaml").write_text(f"{tmp_path / 'large'}: 1\n{tmp_path / 'small'}: 3\n")
+    list(texts_of(RegionDataset(tmp_path / "mix.yaml", progress=False), seed=0))
+    of_large = [index for index in seen if index < 48]
+    assert 2 <= len(of_large) <= 9 and len(seen) - len(of_large) > 8 and seen == sorted(set(seen))
+
+
+def test_a_run_that_goes_on_keeps_its_tokenizer(tmp_path, capsys):
+    config = PretrainConfig(shards="", output=str(tmp_path), vocab_size=200)
+    first = own_tokenizer(config, RegionDataset(write_shards(tmp_path / "a", 8), progress=False), 24)
+    assert f"the texts yield {len(first)} pieces of the 200 of vocab_size" in capsys.readouterr().out
+    other = RegionDataset(write_shards(tmp_path / "b", 40), progress=False)
+    fresh = own_tokenizer(config, other, 24)
+    assert fresh.get_vocab() != first.get_vocab()
+    fresh.save_pretrained(tmp_path / TOKENIZER)
+    again = own_tokenizer(config, RegionDataset(tmp_path / "a", progress=False), 24)
+    assert again.get_vocab() == first.get_vocab()  # no checkpoint yet, so it starts over
+    (tmp_path / LATEST).parent.mkdir()
+    (tmp_path / LATEST).write_text("step_00000001")
+    kept = own_tokenizer(config, RegionDataset(tmp_path / "a", progress=False), 24)
+    assert type(kept) is type(fresh) and kept.get_vocab() == fresh.get_vocab() and kept.model_max_length == 24

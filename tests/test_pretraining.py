@@ -10,7 +10,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from safetensors.torch import load_file
+from pretraining_fixtures import (
+    LOSS,
+    RUN,
+    SCRIPT,
+    STEPS,
+    assert_close_weights,
+    assert_same_losses,
+    assert_same_weights,
+    do_runs,
+    free_port,
+    log_of,
+    weights_of,
+)
 from transformers import CLIPModel
 
 from encoder import ClocModel
@@ -32,25 +43,12 @@ from encoder.losses import LossConfig
 from encoder.pretrained import load_encoder, load_processor
 from encoder.pretraining import pretrain
 from encoder.pretraining_config import PretrainConfig
+from encoder.start import make_model
 
 # Minutes on a machine that is busy with other work, seconds on one that is not.
 pytestmark = pytest.mark.timeout(1800)
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_encoder.py"
-STEPS, KILL_AFTER = 24, 12
-RUN = {
-    "preset": "tiny",
-    "vocab_size": 96,
-    "batch_size": 4,  # two images a rank: some rank has no region in some step
-    "steps": STEPS,
-    "warmup_steps": 2,
-    "learning_rate": 3e-4,
-    "precision": "fp32",
-    "save_every": 6,
-    "log_every": 1,
-}
-# At the default, 0.9, the few texts here are soon all alike to the filter, and no pair is left to compare.
-LOSS = {"similar_text_threshold": 0.999}
+KILL_AFTER = 12
 # All that has a state or a draw of its own, for the exact resume.
 BF16 = {"precision": "bf16", "steps": 12, "ema_decay": 0.9, "patch_dropout": 0.25, "gradient_checkpointing": True}
 # The temperature starts at 14.3, above this ceiling.
@@ -59,12 +57,11 @@ SINGLE = {  # runs of one process, by name
     "cloc": {"ema_decay": 0.9},
     "clip": {"objective": "clip", "steps": 6},
     "bf16": BF16,
-    "bf16_first_half": {**BF16, "output": "bf16_halves"},
-    "bf16_second_half": {**BF16, "output": "bf16_halves"},
-    "bf16_at_its_end": {**BF16, "output": "bf16_halves"},
+    "bf16_second_half": {**BF16, "goes_on": ("bf16", 6)},
+    "bf16_at_its_end": {**BF16, "goes_on": ("bf16", 12)},
     "dropped": DROPPED,
     "overfit": {"shards": "few", "batch_size": 8, "steps": 120, "learning_rate": 3e-3, "weight_decay": 0.0, "log_every": 10},
-    "from_clip": {"init": "clip/model", "steps": 3, "prompter_readout": "prompt"},
+    "from_clip": {"init": "clip/model", "steps": 3, "model_fields": {"prompter_readout": "prompt"}},
     "from_cloc": {"init": "cloc/model", "steps": 3, "zero_stage": 0, "ema_decay": 0.5},
 }
 DOUBLE = {
@@ -76,52 +73,25 @@ DOUBLE = {
 POISONED_STEP, POISONED_RANK = 3, 1
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def train_on_a_poisoned_batch(rank: int, world: int) -> None:
+    """A run in which one pixel of one rank is no number in one step; its error goes to poisoned/RANK.txt, and the records
+    that a rank looked up to poisoned/RANK.names."""
 
-
-def do_runs(rank: int, world: int, port: int, root: str, runs: dict) -> None:
-    """In a process of its own: the script's own functions, one run after the other."""
-    torch.set_num_threads(1)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if world > 1:  # as tasks of SLURM's srun
-        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": world, "SLURM_JOB_ID": 1,
-                       "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-    os.environ |= {key: str(value) for key, value in environment.items()}
-    os.chdir(root)
-    script = runpy.run_path(str(SCRIPT))
-    script["start_process_group"]()
-    for name, fields in runs.items():
-        loss_config = LossConfig(**{**LOSS, **fields.get("loss", {})})
-        fields = {key: value for key, value in fields.items() if key != "loss"}
-        config = PretrainConfig(**{**RUN, "shards": "train", "output": name, **fields})
-        if name == "bf16_second_half":  # forget what came after the first half, as a kill does
-            checkpoints = Path(config.output, "checkpoints")
-            shutil.rmtree(checkpoints / "step_00000012")
-            (checkpoints / "latest").write_text("step_00000006")
-        if name == "bf16_at_its_end":  # as if it was killed after the last step, before the models were written
-            for folder in ("model", "model_ema"):
-                shutil.rmtree(Path(config.output, folder))
-        script["train"](RegionDataset(config.shards, progress=False), config, loss_config)
-    if world > 1:
-        train_on_a_poisoned_batch(script["make_model"], rank, world)
-    torch.distributed.destroy_process_group()
-
-
-def train_on_a_poisoned_batch(make_model, rank: int, world: int) -> None:
-    """A run in which one pixel of one rank is no number in one step; its error goes to poisoned/RANK.txt."""
+    class Watched(RegionDataset):
+        def where(self, index):
+            with Path("poisoned", f"{rank}.names").open("a") as file:
+                file.write(f"{super().where(index)}\n")
+            return super().where(index)
 
     class Poisoned(RegionBatches):
-        def __getitem__(self, step):
-            batch = super().__getitem__(step)
+        def part(self, step, number, count):
+            batch = super().part(step, number, count)
             if step == POISONED_STEP and rank == POISONED_RANK:
                 batch["pixel_values"][0, 0, 0, 0] = float("nan")
             return batch
 
     config = PretrainConfig(**{**RUN, "shards": "train", "output": "poisoned", "log_every": 10, "save_every": 2})
-    dataset = RegionDataset(config.shards, progress=False)
+    dataset = Watched(config.shards, progress=False)
     model, processor = make_model(config, LossConfig(**LOSS), dataset)
     batches = Poisoned(dataset, processor, config.batch_size, rank=rank, world_size=world)
     try:
@@ -149,7 +119,7 @@ def single(root) -> Path:
 
 @pytest.fixture(scope="module")
 def double(root) -> Path:
-    multiprocessing.spawn(do_runs, (2, free_port(), str(root), DOUBLE), nprocs=2)
+    multiprocessing.spawn(do_runs, (2, free_port(), str(root), DOUBLE, train_on_a_poisoned_batch), nprocs=2)
     return root
 
 
@@ -160,34 +130,6 @@ def command(output: Path, shards: Path, **fields) -> list[str]:
 
 def environment() -> dict:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def log_of(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(output: Path, folder: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(output / folder / "model.safetensors")
-
-
-def assert_same_weights(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, f"{len(different)} of {len(a)} parameters differ, {different[:3]}"
-
-
-def assert_close_weights(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def assert_same_losses(run: Path, reference: Path, tolerance: float) -> None:
-    ours, theirs = log_of(run), log_of(reference)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, len(theirs) + 1))
-    for a, b in zip(ours, theirs, strict=True):
-        for key in ("loss", "clip_loss", "region_loss", "grounding_loss", "logit_scale", "lr", "grad_norm"):
-            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
 
 
 def test_killed_and_started_again_equals_the_uninterrupted_run(single, root):
@@ -216,7 +158,8 @@ def test_killed_and_started_again_equals_the_uninterrupted_run(single, root):
 
 @pytest.mark.parametrize("folder", ["model", "model_ema"])
 def test_bf16_with_an_average_and_dropped_patches_resumes_bit_equal_too(single, root, folder):
-    assert_same_weights(weights_of(root / "bf16_halves", folder), weights_of(root / "bf16", folder))
+    for run in ("bf16_second_half", "bf16_at_its_end"):
+        assert_same_weights(weights_of(root / run, folder), weights_of(root / "bf16", folder))
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights_of(root / "bf16", folder).values())
 
 
@@ -269,6 +212,8 @@ def test_a_number_that_is_none_names_step_rank_and_records(double, root, tiny_pr
     names = [f"rank 1: train/{Path(dataset.where(index)).name}" for index in records]
     assert f"step 3: a feature of rank 1 is nan or infinite; the batch was 2 records ({'; '.join(names)})" in sentence
     assert (root / "poisoned" / "not_finite.txt").read_text().splitlines() == ["step 3", *names]
+    # The other rank does not look for what it has not read.
+    assert not (root / "poisoned" / "0.names").exists() and (root / "poisoned" / "1.names").read_text().count("\n") == 2
     # Found before step 4 was saved, and long before the next log line.
     assert (root / "poisoned" / "checkpoints" / "latest").read_text() == "step_00000002"
 
@@ -339,9 +284,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(single, root):
     shutil.copytree(root / "cloc", copy)
     tag = (copy / "checkpoints" / "latest").read_text()
     state = json.loads((copy / "checkpoints" / tag / "run.json").read_text())
-    (copy / "checkpoints" / tag / "run.json").write_text(json.dumps({**state, "world_size": 4}))
-    with pytest.raises(DataError, match="made by 4 processes, this run has 1; start as many"):
-        load_training_state(None, copy, identity)
+    with pytest.raises(DataError, match="made by 4 processes with ZeRO-3, .* this run has 1; start as many"):
+        (copy / "checkpoints" / tag / "run.json").write_text(
+            json.dumps({**state, "world_size": 4, "identity": {**state["identity"], "zero_stage": 3}})
+        )
+        load_training_state(None, copy, {**identity, "zero_stage": 3})
     (copy / "checkpoints" / tag / "run.json").unlink()
     with pytest.raises(DataError, match="run.json is missing"):
         load_training_state(None, copy, identity)

@@ -91,6 +91,19 @@ def test_conversation_problems(run, conversations):
     assert "and 3 more problems; see them with --listed 5" in lines
 
 
+def test_each_picture_of_a_record_is_drawn_with_its_own_boxes(run, conversations):
+    folder, record = conversations
+    turns = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "<box:0>"}]
+    several = record("two", image=["a.png", "a.png"]) | {"conversations": turns}
+    several["regions"][0]["image_index"] = 1
+    (folder / "m.yaml").write_text(json.dumps([{"path": str(write(folder, [several])), "images": str(folder / "images")}]))
+    status, lines = run(folder / "m.yaml", "--out", folder / "p.png")
+    assert status == 0 and lines[0] == "1 good records, 0 problems"
+    sheet = np.asarray(Image.open(folder / "p.png").convert("RGB"))
+    framed = [(sheet[8:308, left : left + 300] == (0xE6, 0x19, 0x4B)).all(-1).any() for left in (8, 316)]
+    assert framed == [False, True]
+
+
 @pytest.mark.parametrize("geometry, expected", [("pad", (0.25, 0.375, 0.75, 0.625)), ("squash", (0.25, 0.25, 0.75, 0.75))])
 def test_boxes_lie_on_what_the_model_sees(run, conversations, geometry, expected):
     folder, record = conversations

@@ -149,7 +149,7 @@ def test_ranking_takes_the_candidate_most_similar_to_the_expression(tmp_path, ti
     model = tiny_folder if way == "prompter" else save_stock_clip(tiny_folder, tmp_path / "clip")
     flags = ["--model", model, "--data", data, "--split", "val", "--out", tmp_path / "run", "--batch-size", 1]
     run(refcoco, *flags, "--baseline" if way == "crop" else "--rank", way, "--geometry", "pad")
-    (folder,) = (tmp_path / "run/refcoco/val").iterdir()
+    (folder,) = (tmp_path / "run/refcoco_ranking/val").iterdir()
     evaluation = load_evaluation(folder)
     assert evaluation.protocol["codec"] == "ranking" and evaluation.protocol["candidates"] == "annotated boxes"
     assert folder.name == {"roialign": "roialign-1"}.get(way, way)
@@ -185,7 +185,7 @@ def test_proposals_of_a_detector_are_found_by_cocos_number(tmp_path, tiny_folder
     found = [{"image_id": 101, "bbox": [20.0, 3.0, 18.5, 20.0], "score": 0.9, "category_id": 1}]
     flags = ["--model", tiny_folder, "--data", path, "--rank", "prompter", "--out", tmp_path / "run", "--proposals"]
     run(refcoco, *flags, write_json(tmp_path / "detections.json", found))
-    scores = json.loads((tmp_path / "run/refcoco/val/prompter/scores.json").read_text())
+    scores = json.loads((tmp_path / "run/refcoco_ranking/val/prompter/scores.json").read_text())
     assert scores["acc_50"]["value"] == 1.0 and scores["completeness"] == "PARTIAL: the file has 2 of 10834 expressions"
     with pytest.raises(DataError, match="no candidate box for COCO_train2014_000000000101.jpg"):
         run(refcoco, *flags, write_json(tmp_path / "detections.json", [{**found[0], "image_id": 5}]), "--out", tmp_path / "b")

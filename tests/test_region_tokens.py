@@ -62,7 +62,7 @@ def fields(world, **more) -> dict:
 def built(world, **more):
     config = MllmConfig(**fields(world, **more))
     mllm = build_mllm(config)
-    return mllm, training._dataset(config, mllm, config.data)
+    return mllm, training.read_dataset(config, mllm, config.data)
 
 
 def batch_of(mllm, dataset, rows):
@@ -218,13 +218,27 @@ def test_questions_with_several_rows_a_picture_join_with_their_regions(world, tm
             pair = [{"from": "human", "value": mark + text}, answer]
             records.append({**record, "id": f"{record['id']}/{number}", "conversations": pair})
     (tmp_path / "single.json").write_text(json.dumps(records))
-    losses = []
-    for shared in (False, True):
-        mllm, dataset = built(world, data=[str(tmp_path / "single.json")], share_pictures=shared)
+    losses, rows = [], []
+    for joined in ({}, {"share_pictures": True}, {"share_pictures": True, "pack": True}):
+        mllm, dataset = built(world, data=[str(tmp_path / "single.json")], **joined)
         batch = batch_of(mllm, dataset, range(len(dataset)))
+        assert len(batch["region_boxes"]) == 16 and (batch["attention_mask"].ndim == 4) == bool(joined)
         losses.append(mllm.model(**batch).loss.item())
-    assert len(dataset) == 8 and batch["attention_mask"].ndim == 4 and len(batch["region_boxes"]) == 16
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+        rows.append(len(dataset))
+    assert rows[0] == 26 and rows[1] == 8 and rows[2] < 8
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_a_region_of_the_second_picture_is_read_there(world, tmp_path):
+    names = sorted(path.name for path in (world / "images").glob("*.png"))[:2]
+    turns = [{"from": "human", "value": "<image>\n<image>\nWhat is <region:0>?"}, {"from": "gpt", "value": "a square"}]
+    region = {"box": [4, 6, 30, 33], "image_index": 1}
+    (tmp_path / "two.json").write_text(json.dumps([{"id": "a", "images": names, "conversations": turns, "regions": [region]}]))
+    mllm, dataset = built(world, data=[str(tmp_path / "two.json")])
+    assert batch_of(mllm, dataset, [0])["region_image_index"].tolist() == [1]
+    image = Image.open(world / "images" / names[1]).convert("RGB")
+    expected = reference_feature(world, mllm, image, region, "prompter").float()
+    torch.testing.assert_close(measure_region_features(mllm.model, dataset)[0], expected, rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,18 @@ def test_questions_are_records_of_one_turn_with_true_answers(folder, split):
     assert 0.2 < names / len(records) < 0.6 and len(asked) == len(read_json(folder / "conversations" / f"{split}.json"))
 
 
+def test_names_ask_for_every_object_once(folder):
+    with tarfile.open(folder / "shards" / "train" / "00000.tar") as tar:
+        labels = [json.loads(tar.extractfile(member).read()) for member in tar.getmembers() if member.name.endswith(".json")]
+    truth = [(label["image"], region["box"], region["phrases"][0]) for label in labels for region in label["regions"]]
+    asked = []
+    for record in read_json(folder / "names" / "train.json"):
+        question, answer = (turn["value"] for turn in record["conversations"])
+        assert question == "<image>\nWhat is <region:0>?" and len(record["regions"]) == 1
+        asked.append((record["image"].split("/")[1], record["regions"][0]["box"], answer))
+    assert sorted(asked) == sorted(truth)
+
+
 def test_refcoco_layout(folder):
     data = (folder / "refcoco" / "refs(unc).p").read_bytes()
     operations = list(pickletools.genops(data))

@@ -144,7 +144,7 @@ def test_images_without_regions_and_url_equals_local(plain, memory, cache):
     expected = [f"alt text {index}" for index in range(40)]
     for shards in (plain, plain / "sizes.json", f"{memory}/{{00000..00004}}.tar", f"{memory}/sizes.json"):
         dataset = RegionDataset(shards, cache=cache, progress=False)
-        assert len(dataset) == 40 and texts(dataset) == expected
+        assert len(dataset) == 40 and texts(dataset) == expected and dataset.name(17) == "000000017"
         image, record = dataset[17]
         assert image.size == (record.width, record.height) == paint_record(17)[0].size
         assert (record.regions, record.captions, record.image) == ((), (), "000000017.jpg")
@@ -172,7 +172,8 @@ def test_alt_text_beside_a_record(tmp_path):
             if text is not None:
                 add(tar, f"{name}.txt", text)
     dataset = RegionDataset(tmp_path / "a.tar", on_error="collect")
-    assert dataset.names == ["both", "txt", "only_alt", "plain"] and texts(dataset) == ["own", "txt", "txt", "from json"]
+    assert [dataset.name(index) for index in range(4)] == ["both", "txt", "only_alt", "plain"]
+    assert texts(dataset) == ["own", "txt", "txt", "from json"]
     assert len(dataset.record(1).captions) == 2 and dataset.record(2).captions == ()
     shown = "\n".join(dataset.problems)
     assert "none: neither the .txt nor the .json has a caption" in shown
@@ -274,6 +275,7 @@ def test_broken_records_are_replaced_counted_and_named(damaged, tiny_processor, 
         loaded = list(batch_loader(batches, 0, 10, workers=2 * rank))
         assert all(len(batch["pixel_values"]) == 4 for batch in loaded)
         assert dataset.sample(39)[1].alt_text == "alt text 32"  # the next one, from the shard's start on
+        assert dataset.where(39).endswith("00004.tar, 000000032") and dataset.where(38).endswith(", 000000038")
     lines = {line for log in logs for line in log.read_text().splitlines()}
     assert len(lines) == 3 and all("cannot be read (OSError); replace it" in line for line in lines)
     assert {line.split(",")[1].strip()[:9] for line in lines} == {"000000005", "000000020", "000000039"}

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from encoder.arguments import read_recipe
 from encoder.boxes import paired_iou
 from encoder.errors import DataError
 from encoder.predictor import RegionPredictor
-from encoder.pretraining_config import PretrainConfig
+from encoder.pretraining_config import RUN_FIELDS, build_configs
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -186,35 +187,32 @@ def test_a_failure_stops_what_goes_on_from_it_and_nothing_else(arguments, monkey
         study.run_all(alone)
 
 
-def test_a_variant_adds_to_the_fields_that_the_recipe_and_its_preset_set(arguments, tmp_path):
+def test_a_variant_changes_the_fields_that_the_recipe_and_its_preset_set(arguments, tmp_path):
     """What `from_clip` starts from is a plain CLIP, which brings no field of the Prompter."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("tiny", "nano") + "model_fields: prompter_shared=false\n")
+    recipe.write_text(RECIPE.replace("tiny", "nano") + "prompter_shared: false\n")
     arguments = argparse.Namespace(**{**vars(arguments), "recipe": recipe})
-    nano = {"prompter_readout": "prompt", "box_max_frequency": 8.0}
     expected = {
         "cloc": {"prompter_shared": False},
         "joint": {"prompter_shared": False, "box_token": "joint"},
         "shared_prompter": {"prompter_shared": True},
         "roi_align": {"prompter_shared": True, "region_encoder": "roi_align"},
-        "from_clip": {**nano, "prompter_shared": False},
+        "from_clip": {"prompter_readout": "prompt", "box_max_frequency": 8.0, "prompter_shared": False},
     }
     for variant, fields in expected.items():
-        values = study.variant_values(arguments, variant, 0)
-        config = PretrainConfig(shards="a", output="b", steps=9, warmup_steps=1, model_fields=values["model_fields"])
-        assert config.region_fields() == fields, variant
+        config, _ = build_configs(study.variant_values(arguments, variant, 0))
+        assert config.model_fields == fields, variant
 
 
-def test_fields_of_the_model_in_a_recipe():
-    config = PretrainConfig(
-        shards="a", output="b", prompter_readout="prompt", model_fields="box_token=joint box_min_frequency=0.25 box_head_width=48"
-    )
-    expected = {"prompter_readout": "prompt", "box_token": "joint", "box_min_frequency": 0.25, "box_head_width": 48}
-    assert config.region_fields() == expected
-    with pytest.raises(DataError, match="model_fields holds 'box_tokens=joint'; did you mean 'box_token'"):
-        PretrainConfig(shards="a", output="b", model_fields="box_tokens=joint")
-    with pytest.raises(DataError, match="model_fields holds 'box_token'; write name=value with one of .*region_encoder"):
-        PretrainConfig(shards="a", output="b", model_fields="box_token")
+def test_fields_of_the_model_in_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    fields = {"prompter_readout": "prompt", "box_token": "joint", "box_min_frequency": 0.25, "box_head_width": 48}
+    recipe.write_text("".join(f"{name}: {value}\n" for name, value in {**fields, "shards": "a", "output": "b"}.items()))
+    config, _ = build_configs(read_recipe(recipe, RUN_FIELDS))
+    assert config.model_fields == fields
+    recipe.write_text("box_tokens: joint\n")
+    with pytest.raises(DataError, match="field 'box_tokens' is not known; did you mean 'box_token'"):
+        read_recipe(recipe, RUN_FIELDS)
 
 
 def test_a_fresh_head_on_frozen_towers_learns_to_point(arguments, monkeypatch, tmp_path):

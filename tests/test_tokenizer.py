@@ -1,7 +1,9 @@
 """The tokenizer trained on its own captions: T5's special tokens, no unknown names, the same from the same texts."""
 
+import pytest
 from transformers import AutoTokenizer
 
+from encoder.errors import DataError
 from encoder.tokenizer import train_text_tokenizer
 
 TEXTS = ["a red heart", "Small red heart", "the smaller apple left of the bus", "two green books and a taxi"] * 5
@@ -47,3 +49,9 @@ def test_saved_and_loaded_the_same(tmp_path):
     for text in ("small red heart", "purple xylophone"):
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert loaded.model_max_length == 24
+
+
+@pytest.mark.parametrize("vocab_size, hint", [(30, "give at least the 7. of their characters$"), (0, "give a few hundred$")])
+def test_too_few_pieces_are_one_sentence(vocab_size, hint):
+    with pytest.raises(DataError, match=f"^vocab_size {vocab_size} is too small for a .* of these 4 different texts; {hint}"):
+        train_text_tokenizer(TEXTS, vocab_size, 24)

@@ -93,7 +93,7 @@ def test_a_cache_of_several_layers_trains_as_the_tower_does(world, kind, tmp_pat
     folder, _ = world
     config = MllmConfig(**recipe(folder, tower=str(folder / kind), feature_layer=[-1, -2]))
     mllm = build_mllm(config)
-    dataset = training._dataset(config, mllm, config.data)
+    dataset = training.read_dataset(config, mllm, config.data)
     ids = mllm.model.config.image_token_id, mllm.tokenizer.pad_token_id
     features = cache_features(mllm.model, dataset, tmp_path, progress=False)
     rows = [dataset[index] for index in (0, 6, 3)]

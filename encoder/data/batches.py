@@ -7,6 +7,7 @@ the global batch, so the number of ranks does not change it either.
 
 import hashlib
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import torch
@@ -96,8 +97,12 @@ class RegionBatches(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         """Arguments of `ClocModel.forward` for `step`, this rank's share of the images."""
-        share = self.batch_size // self.world_size
-        first = self.rank * share
+        return self.part(step, 0, 1)
+
+    def part(self, step: int, number: int, count: int) -> dict[str, torch.Tensor]:
+        """The same for part `number` of `count` equal parts of that share. A text that two parts use is in both."""
+        share = self.batch_size // self.world_size // count
+        first = (self.rank * count + number) * share
         images, captions, boxes, image_index, phrases = [], [], [], [], []
         for place, index in enumerate(self.indices(step, first, first + share)):
             image, record = self.dataset.sample(index)
@@ -135,26 +140,30 @@ class _Guarded(Dataset):
     def __init__(self, batches: RegionBatches):
         self.batches = batches
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor] | Exception:
+    def __getitem__(self, place: tuple[int, int, int]) -> dict[str, torch.Tensor] | Exception:
         try:
-            return self.batches[step]
+            return self.batches.part(*place)
         except (DataError, FileNotFoundError) as error:
             return error
 
 
-def batch_loader(batches: RegionBatches, first_step: int, last_step: int, workers: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    """Loads the batches of steps `first_step` to `last_step` - 1 in order; `workers` processes read ahead.
+def batch_loader(
+    batches: RegionBatches, first_step: int, last_step: int, workers: int = 0, parts: int = 1
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Loads the batches of steps `first_step` to `last_step` - 1 in order, each in `parts` parts; `workers` processes read
+    ahead, two parts each.
 
     Remote shards of the next window are fetched meanwhile, by processes of their own.
     """
-    steps = range(first_step, last_step)
-    loader = iter(DataLoader(_Guarded(batches), batch_size=None, sampler=steps, num_workers=workers))
+    axes = range(first_step, last_step), range(parts), (parts,)
+    loader = iter(DataLoader(_Guarded(batches), batch_size=None, sampler=product(*axes), num_workers=workers))
     ahead = ReadAhead(batches.dataset.cache)
     try:
-        for step, batch in zip(steps, loader, strict=True):
+        for (step, number, _), batch in zip(product(*axes), loader, strict=True):
             if isinstance(batch, Exception):
                 raise batch
-            ahead.want(batches.shards_ahead(step))
+            if number == 0:
+                ahead.want(batches.shards_ahead(step))
             yield batch
     finally:
         del loader  # ends its workers now; an error's traceback would keep it, and its end would take many seconds

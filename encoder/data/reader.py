@@ -3,7 +3,6 @@
 import io
 import math
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -112,10 +111,10 @@ class RegionDataset:
         """What was wrong with the records that were left out."""
         return self.broken.sentences
 
-    @cached_property
-    def names(self) -> list[str]:
-        """Each record's key in its shard, of the shards that were read at construction."""
-        return [key_of(name) for table in self._tables.values() for name in table.names.tolist()]
+    def name(self, index: int) -> str:
+        """A record's key in its shard."""
+        number, row = self._place(index)
+        return key_of(str(self._table(number).names[row]))
 
     def record(self, index: int) -> RegionRecord:
         """The record alone, without decoding its image."""
@@ -133,21 +132,25 @@ class RegionDataset:
 
     def sample(self, index: int) -> tuple[Image.Image, RegionRecord]:
         """`dataset[index]`; where that is broken it is counted, and the next good one of its shard takes its place."""
+        return self._good(index)[1]
+
+    def where(self, index: int) -> str:
+        """Shard and key of what `sample(index)` gives, for messages; reads it again."""
+        number, _ = self._place(index)
+        return f"{self.shards[number]}, {key_of(str(self._table(number).names[self._good(index)[0]]))}"
+
+    def _good(self, index: int) -> tuple[int, tuple[Image.Image, RegionRecord]]:
+        """The first readable sample of the shard from `index` on, around its end, and its row."""
         number, row = self._place(index)
         table, shard = self._table(number), self.shards[number]
         count = len(table.rows)
         with self.cache.open(shard) as file:  # a shard that cannot be had is no broken record
             for other in range(row, row + count):
                 try:
-                    return _read_sample(file, shard, table, other % count)
+                    return other % count, _read_sample(file, shard, table, other % count)
                 except DataError as error:
                     self.broken.add(error)
         raise DataError(f"{shard}: none of its {count} records can be read; take it out of the shards")
-
-    def where(self, index: int) -> str:
-        """Shard and key of a record, for messages."""
-        number, row = self._place(index)
-        return f"{self.shards[number]}, {key_of(str(self._table(number).names[row]))}"
 
     def _place(self, index: int) -> tuple[int, int]:
         """A record's shard, and its row there."""

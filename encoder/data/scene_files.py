@@ -1,9 +1,9 @@
 """Scenes in the formats that real data has: WebDataset region shards, LLaVA conversations, RefCOCO, COCO instances.
 
 A folder of scenes holds `manifest.json` (written last), `images/<split>/<id>.png`, `shards/train/*.tar`,
-`conversations/{train,val}.json`, `questions/{train,val}.json` (one question a record), `refcoco/{refs(unc).p,
-instances.json}` and `regions/{seen,unseen}.json`. Boxes are pixel xyxy floats, but xywh in the two COCO-style files, as
-that format has it.
+`conversations/{train,val}.json`, `questions/{train,val}.json` and `names/{train,val}.json` (one question a record),
+`refcoco/{refs(unc).p, instances.json}` and `regions/{seen,unseen}.json`. Boxes are pixel xyxy floats, but xywh in the two
+COCO-style files, as that format has it.
 """
 
 import io
@@ -17,21 +17,20 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from random import Random
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from encoder.data.pictures import Picture, load_library, photographs
-from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
-from encoder.data.scenes import PictureLibrary, Scene, SceneConfig, SceneObject, draw_scene
+from encoder.data.scene_questions import conversation, name_questions, single_questions
+from encoder.data.scenes import DrawnScene, PictureLibrary, SceneConfig, SceneObject, draw_scene
 from encoder.errors import DataError
 
 FORMAT = "scenes/1"
 SHARD_SCENES = 1000
 EVAL_SPLITS = ("val", "testA", "testB")
-LLAVA_KINDS = ("conversations", "questions")
+LLAVA_KINDS = ("conversations", "questions", "names")
 EVAL_CHUNK = 50  # scenes drawn by a worker at a time where the number needed is not known beforehand
 
 
@@ -74,98 +73,6 @@ class SceneJob:
         if split == "testB":
             return replace(config, num_objects=(max(low, high - 1), high), repeat_fraction=1.0)
         return config
-
-
-@dataclass(frozen=True)
-class DrawnScene:
-    """A scene as it goes to files: `name` is `<split>/<id>`, `png` the file's bytes."""
-
-    name: str
-    png: bytes
-    scene: Scene
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.scene.image.size
-
-
-def conversation(drawn: DrawnScene, seed: int, turns: int) -> dict:
-    """One LLaVA record: a seeded mix of questions about a scene, about two thirds of them for a box.
-
-    Every object is asked about at most once, and an object that is asked for its name shares it with nothing that the
-    other turns name, so that no turn gives away another's answer.
-    """
-    rng = Random(f"{seed}/conversation/{drawn.name}")
-    objects = drawn.scene.objects
-    order = list(range(len(objects)))
-    rng.shuffle(order)
-    names = {item.name for item in objects}
-    num_turns = min(turns, len(objects))
-    num_referring = num_turns // 3 + (rng.random() < num_turns % 3 / 3)
-    if len(names) == 1:  # either kind would give the other's answer away
-        num_referring = int(rng.random() < 1 / 3)
-    referring: dict[str, int] = {}
-    for index in order:
-        if len(referring) < min(num_referring, max(1, len(names) - 1)):
-            referring.setdefault(objects[index].name, index)
-    texts: dict[int, list[str]] = {}
-    for index, text, _ in drawn.scene.expressions:
-        if not any(_mentions(text, name) for name in referring):
-            texts.setdefault(index, []).append(text)
-    grounding = [index for index in order if index in texts][: num_turns - len(referring)]
-    if not referring and not grounding:  # nothing is clearly true of any object: ask for a name instead
-        referring = {objects[order[0]].name: order[0]}
-    chosen = sorted([*referring.values(), *grounding])
-    asked = list(enumerate(chosen))
-    rng.shuffle(asked)
-    messages = []
-    for region, index in asked:
-        messages += _where(rng.choice(texts[index]), region) if index in grounding else _what(objects[index].name, region)
-    return _llava_record(drawn, drawn.name, messages, chosen)
-
-
-def single_questions(drawn: DrawnScene, seed: int, number: int) -> list[dict]:
-    """Up to `number` LLaVA records of one question each about a scene, a third of them for a name; none gives another's
-    answer away, since each is a conversation of its own. An object may be asked for more than once, in other words."""
-    rng = Random(f"{seed}/questions/{drawn.name}")
-    objects, expressions = drawn.scene.objects, drawn.scene.expressions
-    num_names = min(len(objects), number // 3 + (rng.random() < number % 3 / 3))
-    asked = [(index, _what(objects[index].name, 0)) for index in rng.sample(range(len(objects)), num_names)]
-    chosen = rng.sample(expressions, min(len(expressions), number - num_names))
-    asked += [(index, _where(text, 0)) for index, text, _ in chosen]
-    return [
-        _llava_record(drawn, f"{drawn.name}/{position}", messages, [index]) for position, (index, messages) in enumerate(asked)
-    ]
-
-
-def _where(expression: str, region: int) -> list[dict]:
-    return _turn(GROUNDING_QUESTION.format(expression), f"<box:{region}>")
-
-
-def _what(name: str, region: int) -> list[dict]:
-    return _turn(REFERRING_QUESTION.format(f"<region:{region}>"), name)
-
-
-def _turn(question: str, answer: str) -> list[dict]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def _llava_record(drawn: DrawnScene, identity: str, messages: list[dict], regions: list[int]) -> dict:
-    """regions: indices of the objects that `<region:i>` and `<box:i>` count through"""
-    messages[0]["value"] = "<image>\n" + messages[0]["value"]
-    width, height = drawn.size
-    return {
-        "id": identity,
-        "image": f"{drawn.name}.png",
-        "width": width,
-        "height": height,
-        "conversations": messages,
-        "regions": [{"box": list(drawn.scene.objects[index].box)} for index in regions],
-    }
-
-
-def _mentions(text: str, name: str) -> bool:
-    return f" {name} " in f" {text} "
 
 
 def region_record(drawn: DrawnScene) -> dict:
@@ -310,6 +217,7 @@ def _llava_records(scenes: list[DrawnScene], job: SceneJob) -> dict[str, list[di
     return {
         "conversations": [conversation(drawn, job.seed, job.turns) for drawn in scenes],
         "questions": [record for drawn in scenes for record in single_questions(drawn, job.seed, job.questions)],
+        "names": [record for drawn in scenes for record in name_questions(drawn)],
     }
 
 

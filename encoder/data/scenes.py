@@ -296,3 +296,16 @@ def caption(names: Sequence[str], background: str | None) -> str:
     ]
     text = counted[0] if len(counted) == 1 else f"{', '.join(counted[:-1])} and {counted[-1]}"
     return text if background is None else f"{text} on {with_article(background)} background"
+
+
+@dataclass(frozen=True)
+class DrawnScene:
+    """A scene as it goes to files: `name` is `<split>/<id>`, `png` the file's bytes."""
+
+    name: str
+    png: bytes
+    scene: Scene
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.scene.image.size

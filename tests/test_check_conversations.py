@@ -1,0 +1,90 @@
+"""The validator of conversations as a user calls it: everything wrong is listed with file and line or id, and counted."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "check_conversations.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the script's main in this process -> (exit status, printed lines)."""
+    spec = importlib.util.spec_from_file_location("check_conversations", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        status = script.main()
+        return status, capsys.readouterr().out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def world(tmp_path):
+    Image.new("RGB", (40, 20), "white").save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) - 25])
+    return tmp_path
+
+
+def record(answer: str = "<box:0>", **changes) -> dict:
+    turns = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": answer}]
+    return {"image": "a.png", "conversations": turns, "regions": [{"box": [1, 2, 3, 4]}]} | changes
+
+
+def test_lines_of_a_file_are_all_named(run, world):
+    lines = [
+        json.dumps(record(id="good")),
+        json.dumps(record("<box:2> <box:3>", id="two")),
+        '{"id": "cut"',
+        "",
+        "[1]",
+        json.dumps(record(image="no.png")),
+        json.dumps(record(image="half.png")),
+    ]
+    (world / "c.jsonl").write_text("\n".join(lines))
+    status, printed = run(world / "c.jsonl", "--images", world)
+    places = [line.removeprefix(f"problem: {world / 'c.jsonl'}, ").split(":")[0] for line in printed[:-2]]
+    assert sorted(places) == ["line 2, id two", "line 2, id two", "line 3", "line 5", "line 6"]
+    assert status == 1 and printed[-2] == f"{world / 'c.jsonl'}: 2 good records, 5 problems"
+    assert printed[-1] == "2 good records, 5 problems, 2 pictures"
+    status, printed = run(world / "c.jsonl", "--images", world, "--decode")
+    assert status == 1 and printed[-1] == "1 good records, 6 problems, 2 pictures"
+    assert any(
+        line.startswith(f"problem: {world / 'c.jsonl'}, line 7: image ") and "cannot be decoded" in line for line in printed
+    )
+
+
+def test_a_mixture_is_checked_whole_whatever_its_weights(run, world):
+    (world / "good.json").write_text(json.dumps([record(), record()]))
+    (world / "llava.json").write_text(json.dumps([record("[0.1, 0.4, 0.2, 0.5]", id=4), record("[0.1, 0.9]", id=5)]))
+    (world / "broken.json").write_text("[{")
+    entries = [
+        {"path": str(world / "good.json"), "images": str(world), "count": 1},
+        {"path": str(world / "llava.json"), "images": str(world), "importer": "llava", "weight": 0.5},
+        {"path": str(world / "broken.json")},
+        {"path": str(world / "absent.json")},
+    ]
+    (world / "mixture.yaml").write_text(json.dumps(entries))
+    status, printed = run(world / "mixture.yaml")
+    problems = [line for line in printed if line.startswith("problem: ")]
+    assert status == 1 and printed[-1] == "3 good records, 3 problems, 1 pictures"
+    assert f"{world / 'llava.json'}, id 5: '[0.1, 0.9]'" in problems[0] and "broken.json, line 1: not JSON" in problems[1]
+    assert "absent.json does not exist" in problems[2]
+
+
+def test_a_good_file_leaves_with_zero(run, world):
+    (world / "good.json").write_text(json.dumps([record(image=["a.png", "a.png"], conversations=[
+        {"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "<box:0>"}])]))  # fmt: skip
+    status, printed = run(world / "good.json", "--images", world)
+    assert status == 0 and printed == [
+        f"{world / 'good.json'}: 1 good records, 0 problems",
+        "1 good records, 0 problems, 1 pictures",
+    ]

@@ -1,0 +1,96 @@
+"""What a dry run tells is what the run then does: parts, steps, and the first batch, token by token and box by box."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mllm_fixtures import recipe, write_clip, write_conversations
+from PIL import Image
+
+from mllm import training
+from mllm.box_text import BoxCodec
+from mllm.config import MllmConfig
+from mllm.dry_run import duration, first_batch, memory, outline, readable
+from mllm.records import read_records
+from mllm.training import read_dataset, train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_conversations(folder, 9, text_only=2)
+    write_clip(folder / "clip")
+    train(MllmConfig(**recipe(folder, output=str(folder / "base"), max_steps=1, save_every=0)))
+    return folder
+
+
+def test_the_script_tells_and_draws_and_trains_nothing(world, tmp_path):
+    fields = {"train": ["projector", "llm_lora"], "lora_rank": 4, "llm_bits": 4, "max_steps": 0, "epochs": 2}
+    values = recipe(world, model=str(world / "base"), output=str(tmp_path / "run"), **fields)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "scripts/finetune_mllm.py", str(tmp_path / "recipe.yaml"), "--dry-run", "--processes", "2"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["first_batch.png"]
+    assert Image.open(tmp_path / "run" / "first_batch.png").size[0] > 1000  # four rows side by side
+    # LoRA of rank 4 on seven layers of two blocks of width 32 and 96: 4 (in + out) each.
+    learned = 2 * 4 * (4 * 64 + 3 * 128)
+    assert re.search(rf"^llm_lora +{learned / 1e6:.2f} +0.00$", done.stdout, re.M)
+    assert re.search(r"^tower +0.00 +0.0\d$", done.stdout, re.M)
+    # 11 rows in batches of 4 on two processes: two steps an epoch.
+    assert "4 steps of 8 rows" in done.stdout and "2 steps an epoch" in done.stdout
+    assert re.search(r"^ZeRO-2, 2 processes", done.stdout, re.M) and "ZeRO-3" not in done.stdout
+
+
+@pytest.mark.parametrize("fields", [{}, {"share_pictures": True, "batch_size": 2}])
+def test_the_first_batch_is_the_one_that_training_meets_first(world, fields, tmp_path, monkeypatch):
+    config = MllmConfig(**recipe(world, output=str(tmp_path), max_steps=1, **fields))
+    mllm = outline(config)
+    dataset = read_dataset(config, mllm, config.data)
+    told = first_batch(config, dataset)
+    seen = []
+    real = training.MllmTrainer.training_step
+
+    def watched(self, model, inputs, *arguments):
+        seen.append(inputs)
+        return real(self, model, inputs, *arguments)
+
+    monkeypatch.setattr(training.MllmTrainer, "training_step", watched)
+    train(config)
+    mark = mllm.tokenizer.convert_tokens_to_ids("<image>")
+    for row, ids, labels in zip(told, seen[0]["input_ids"].tolist(), seen[0]["labels"].tolist(), strict=False):
+        assert row.ids[row.ids != mark].tolist() == [i for i in ids if i not in (mark, mllm.tokenizer.pad_token_id)]
+        assert row.ids[row.supervised].tolist() == [label for label in labels if label != -100]
+
+
+def test_a_row_is_read_with_its_answers_marked_and_its_boxes_back(world, tmp_path):
+    config = MllmConfig(**recipe(world, output=str(tmp_path)))
+    mllm = outline(config)
+    dataset = read_dataset(config, mllm, config.data)
+    record = read_records(world / "conversations_0.json")[0]
+    text = readable(dataset[0], mllm)
+    answers = re.findall("\u00ab(.*?)\u00bb", text)
+    codec, geometry = BoxCodec("int1000"), dataset.image.geometry(record["width"], record["height"])
+    said = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+    for answer, value in zip(answers, said, strict=True):
+        if value.startswith("<box"):
+            box = torch.tensor(record["regions"][int(value[5])]["box"], dtype=torch.float64)
+            assert (codec.decode(answer)[0] - geometry.boxes_to_model(box)).abs().max() < 1e-3
+        else:
+            assert answer == f" {value}</s>"
+    assert text.startswith("<s>USER: <image>") and re.sub("[\u00ab\u00bb]", "", text) == mllm.tokenizer.decode(dataset[0].ids)
+
+
+def test_more_processes_hold_less_and_take_fewer_steps(world, tmp_path):
+    config = MllmConfig(**recipe(world, output=str(tmp_path), max_steps=0, max_length=64, train=["projector", "llm", "tower"]))
+    mllm = outline(config)
+    dataset = read_dataset(config, mllm, config.data)
+    one, eight = (list(memory(config, mllm.model, count)) for count in (1, 8))
+    together = [[float(line.split()[-1]) for line in table[1:]] for table in (one, eight)]
+    assert together[0][0] == together[1][0] and together[1][3] <= together[1][2] <= together[1][1]
+    assert "3 steps of 4 rows" in list(duration(config, dataset, 1))[-1]
+    assert "1 steps of 16 rows" in list(duration(config, dataset, 4))[-1]
