@@ -66,7 +66,8 @@ def paper_tables(runs: list[Run]) -> list[PaperTable]:
     """Those of the two tables that some run has a column of."""
     referring = _table(
         "Table 5: referring and grounding", REFERRING, PUBLISHED_REFERRING, runs,
-        "* the Prompter in place of Ferret's sampler. RefLVIS is drawn anew: own rows are of other objects than the paper's.",
+        "* the Prompter in place of Ferret's sampler. RefLVIS is drawn anew: own rows are of other objects than the paper's. "
+        "Shikra's RefLVIS is as printed; Ferret's paper has box and point the other way round.",
     )  # fmt: skip
     bench = _table(
         "Table 4: Ferret-Bench", BENCH, PUBLISHED_BENCH, runs,

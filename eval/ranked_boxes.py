@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,6 +18,7 @@ from encoder.data.sources.labelled import numbers
 from encoder.errors import DataError
 from eval.coco_files import read_instances
 from eval.embedding import Embedder, embed_texts
+from eval.metrics import THRESHOLDS, paired_iou
 from eval.predictions import Box, Prediction, Target
 from eval.region_features import RegionFeatures
 
@@ -103,6 +105,17 @@ class RankingAnswerer:
         self.protocol = {"codec": "ranking", "candidates": candidates.description, "decoding": "ranking"}
         layer = str(args.layer) if args.rank == "roialign" else ""
         self.record = {**self.embedder.record(), "variant": f"{args.rank}{layer}"}
+
+    def chance(self, targets: list[Target]) -> dict[str, float]:
+        """Per metric, how often a candidate drawn at random is right."""
+        shares: dict[str, list[float]] = {"merged_box": [], "any_box": []}
+        for target in targets:
+            boxes = np.array(self.candidates.of(target), np.float64)
+            for name, truths in (("merged_box", [target.box]), ("any_box", target.boxes or [target.box])):
+                iou = [paired_iou(boxes, np.tile(np.array(truth, np.float64), (len(boxes), 1))) for truth in truths]
+                shares[name].append(float((np.max(iou, axis=0) >= THRESHOLDS[0]).mean()))
+        means = {name: sum(values) / len(values) for name, values in shares.items()}
+        return {**means, "acc_50": means["merged_box"]}
 
     def ground(self, targets: list[Target], images: list[Image.Image], batch_size: int) -> list[Prediction]:
         """One picture per target; the candidates of each picture are embedded once."""

@@ -84,6 +84,7 @@ def run_benchmark(
         answers = [ask(answerer, part) if ask else answerer.ground for part in parts]
         for part, answer in zip(parts, answers, strict=True):
             benchmark = part.benchmark + getattr(answerer, "suffix", "")
+            chance = {"chance": answerer.chance(part.targets)} if hasattr(answerer, "chance") else {}
             log = PredictionLog(
                 args.out / benchmark / part.split / answerer.record.get("variant", ""),
                 protocol={
@@ -92,6 +93,7 @@ def run_benchmark(
                     "task": part.task,
                     "completeness": part.completeness,
                     **part.protocol,
+                    **chance,
                     **answerer.protocol,
                 },
                 model=answerer.record,

@@ -66,8 +66,8 @@ class Scored:
     hits: (N,) 0 or 1, of a ranking between them where scores are equal; iou: (N,), grounding only
     places: (N, 3), rankings only, see `eval.predictions.Prediction`
     images, categories, kinds: (N,) names; sizes: (N,) bins of the true boxes
-    chance: per metric, accuracy without looking: another question's box (grounding, phrases), one of the names in
-        question (naming), a random order (rankings)
+    chance: per metric, accuracy without looking: another question's box (grounding, phrases) or one of the candidates, one
+        of the names in question (naming), a random order (rankings)
     by_metric: (N,) per metric, where the task has several that no other field gives
     """
 
@@ -139,7 +139,7 @@ def score_questions(evaluation: Evaluation) -> Scored:
         nothing = (np.nan,) * 4
         iou = paired_iou(np.array([p.box or nothing for p in predictions], np.float64).reshape(-1, 4), true_boxes)
         hits = (iou >= THRESHOLDS[0]).astype(np.float64)
-        chance = {"acc_50": shuffled_box_accuracy(true_boxes, widths, heights)}
+        chance = evaluation.protocol.get("chance") or {"acc_50": shuffled_box_accuracy(true_boxes, widths, heights)}
     elif task != "naming":
         by_metric = metrics_of(evaluation)
         if task == "phrases":
@@ -148,7 +148,7 @@ def score_questions(evaluation: Evaluation) -> Scored:
             iou = np.array([phrase_iou(target, prediction, ranked)["merged_box"] for target, prediction in pairs])
         hits = next(iter(by_metric.values()))
         guess = {"phrases": shuffled_box_accuracy(true_boxes, widths, heights), "yes_no": 0.5, "choice": 0.5}.get(task, 0.0)
-        chance = dict.fromkeys(by_metric, guess)
+        chance = evaluation.protocol.get("chance") or dict.fromkeys(by_metric, guess)
     else:
         pairs = zip(targets, predictions, strict=True)
         hits = np.array([plain_name(t.category) == plain_name(p.raw) for t, p in pairs], np.float64)

@@ -40,19 +40,18 @@ def names_of(word: str) -> list[str]:
     return [part.replace("_", " ").strip().lower() for part in re.split(r"[()]", word) if part.strip(" _")]
 
 
-def names_word(text: str, names: list[str]) -> bool:
-    """Whether one of the names stands in the text as whole words, singular or with a plural s."""
-    return any(re.search(rf"(?<!\w){re.escape(name)}(s|es)?(?!\w)", text) for name in names)
-
-
 def chosen(raw: str, right: list[str], wrong: list[str]) -> bool | None:
-    """Whether the right one of two things was named; None where both or neither were.
+    """Whether the right one of two things was named, as whole words or with a plural s; None where both or neither were.
 
-    What follows `not` or `no` as a word, up to a comma, a full stop or `but`, does not count as named.
+    What follows `not` or `no` as a word, up to a comma, a full stop or `but`, does not count as named. Of names within one
+    another the longer one counts: a "hot dog" is no "dog".
     """
     text = re.sub(r"(?<!\w)(?:not|no)(?!\w).*?(?=[,.;]|(?<!\w)but(?!\w)|$)", " ", raw.lower())
-    found = names_word(text, right), names_word(text, wrong)
-    return found[0] if found[0] != found[1] else None
+    named = set()
+    for name, is_right in sorted([(n, True) for n in right] + [(n, False) for n in wrong], key=lambda pair: -len(pair[0])):
+        text, count = re.subn(rf"(?<!\w){re.escape(name)}(s|es)?(?!\w)", "/", text)
+        named |= {is_right} if count else set()
+    return named.pop() if len(named) == 1 else None
 
 
 def ferrets_choice(raw: str, name: str, synonyms: list[str]) -> bool:

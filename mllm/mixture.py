@@ -58,25 +58,23 @@ class Source:
     def folder(self) -> Path:
         return Path(self.images or "")
 
-    def read(self, sizes: Sizes, problems: list[str] | None = None) -> Iterator[dict]:
-        """Its records in our own form, not checked.
+    def read(self, sizes: Sizes) -> Iterator[dict]:
+        """All its records in our own form, not checked. sizes: of pictures seen before"""
+        return (self.take(record, sizes) for record in read_records(self.path))
 
-        sizes: of pictures seen before; problems: records that cannot be imported are told here, else they are errors
-        """
+    def take(self, record: dict, sizes: Sizes) -> dict:
+        """A record of the file in our own form, with `_folder`, where its pictures lie."""
+        try:
+            record = IMPORTERS[self.importer](record, lambda name: picture_size(self.folder / name, sizes))
+            if self.images is None and pictures_of(record):
+                raise DataError("it has a picture, but images is not given; name the folder in the recipe")
+        except DataError as error:
+            raise DataError(f"{record['_where']}: {error}") from error
+        return record | {"_folder": self.folder}
+
+    def check_folder(self) -> None:
         if self.images and not self.folder.is_dir():
             raise DataError(f"folder of images {self.images} does not exist; check images of {self.path} in the recipe")
-        importer = IMPORTERS[self.importer]
-        for record in read_records(self.path, problems):
-            try:
-                record = importer(record, lambda name: picture_size(self.folder / name, sizes))
-                if self.images is None and pictures_of(record):
-                    raise DataError("it has a picture, but images is not given; name the folder in the recipe")
-            except DataError as error:
-                if problems is None:
-                    raise DataError(f"{record['_where']}: {error}") from error
-                problems.append(f"{record['_where']}: {error}")
-            else:
-                yield record
 
     def draw(self, number: int, place: int, seed: int) -> list[int]:
         """Which of its `number` records an epoch has, in order: whole copies, then the rest."""
@@ -130,33 +128,38 @@ def expand(data: list) -> list:
 
 
 def good_records(source: Source, sizes: Sizes, problems: list[str], progress: bool = True) -> list[dict]:
-    """All records of a source that a training can use, with `_folder`; everything wrong with the others goes to `problems`."""
+    """All records of a source that a training can use; everything that is wrong with the others goes to `problems`."""
+    source.check_folder()
     good = []
-    for record in tqdm(source.read(sizes, problems), desc=f"check {Path(source.path).name}", unit="record", disable=not progress):
-        found = list(problems_of(record, source.folder, sizes))
+    records = read_records(source.path, problems)
+    for record in tqdm(records, desc=f"check {Path(source.path).name}", unit="record", disable=not progress):
+        try:
+            record = source.take(record, sizes)
+            found = list(problems_of(record, source.folder, sizes))
+        except DataError as error:
+            found = [str(error)]
         problems += found
         if not found:
-            good.append(record | {"_folder": source.folder})
+            good.append(record)
     return good
 
 
 def read_mixture(sources: list[Source], seed: int, progress: bool = True) -> tuple[list[dict], list[int], list[str]]:
-    """-> the records that an epoch has, checked; the index of each place's record among them; a line about each source.
-
-    A record gets `_folder`, where its pictures lie.
-    """
+    """-> the records that an epoch has, checked; the index of each place's record among them; a line about each source."""
     records: list[dict] = []
     order: list[int] = []
     lines: list[str] = []
     sizes: Sizes = {}
     for place, source in enumerate(sources):
-        read = list(tqdm(source.read(sizes), desc=f"read {Path(source.path).name}", unit="record", disable=not progress))
-        drawn = source.draw(len(read), place, seed)
+        source.check_folder()
+        all_records = read_records(source.path)
+        drawn = source.draw(len(all_records), place, seed)
         used = sorted(set(drawn))
         index = dict(zip(used, range(len(records), len(records) + len(used)), strict=True))
-        for number in tqdm(used, desc="check", unit="record", disable=not progress):
-            check_record(read[number], source.folder, sizes)
-            records.append(read[number] | {"_folder": source.folder})
+        for number in tqdm(used, desc=f"check {Path(source.path).name}", unit="record", disable=not progress):
+            record = source.take(all_records[number], sizes)
+            check_record(record, source.folder, sizes)
+            records.append(record)
         order += [index[number] for number in drawn]
-        lines.append(source.describe(len(read), len(drawn)))
+        lines.append(source.describe(len(all_records), len(drawn)))
     return records, order, lines

@@ -98,9 +98,12 @@ def _zero_config(config: MllmConfig, launched: bool) -> dict | None:
     if not path.is_file():
         raise DataError(f"ZeRO file {path} does not exist; see scripts/deepspeed for those that do")
     try:
-        return json.loads(path.read_text())
+        zero = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise DataError(f"ZeRO file {path}, line {error.lineno}: not JSON ({error.msg}); correct it") from error
+    if config.llm_bits and zero.get("zero_optimization", {}).get("stage") == 3:
+        raise DataError(f"ZeRO file {path} is stage 3, which cannot shard weights of {config.llm_bits} bits; take zero2.json")
+    return zero
 
 
 def read_dataset(config: MllmConfig, mllm: Mllm, data: list) -> ConversationDataset | None:

@@ -24,6 +24,7 @@ def one_process(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     write_images(folder / "images")
     flags = ["--model", tiny_folder, "--data", write_refcoco(folder / "refcoco"), "--batch-size", 2, "--device", "cpu"]
+    flags += ["--local_rank", 0]  # as the deepspeed launcher adds it
     run(refcoco, *flags, "--out", folder / "one")
     return flags, {split: load_evaluation(folder / "one/refcoco" / split) for split in ("val", "testA")}, folder
 

@@ -1,5 +1,6 @@
 """Two DeepSpeed processes against one plain process on the joined batch, text-only conversations among them."""
 
+import json
 import os
 import re
 import socket
@@ -85,3 +86,36 @@ def test_ranks_without_regions_under_zero3_give_the_loss_curve_of_one_process(wo
     weights, expected = (load_mllm(world / name)[0].state_dict() for name in ("regions_zero3", "regions_one"))
     for key, value in expected.items():
         torch.testing.assert_close(weights[key], value, rtol=0.01, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_zero3_saves_and_loads_a_tuned_tower_and_lora_with_the_loss_in_blocks(world, tmp_path):
+    """All at once against one plain process: sharded tower, projector and LoRA come out whole and load again."""
+    write_conversations(world, 3, seed=1, text_only=2)  # held-out rows that do not divide by two processes
+    base = Path(world) / "fp32"
+    if not (base / "grounding.json").is_file():
+        launch(world, "fp32", [sys.executable], batch_size=4, precision="fp32")
+    fields = {
+        "model": str(base),
+        "train": ["projector", "llm_lora", "tower"],
+        "tower_learning_rate": 1e-4,
+        "lora_rank": 4,
+        "lora_dropout": 0.0,
+        "precision": "fp32",
+        "save_dtype": "float32",
+        "val_data": [str(Path(world) / "conversations_1.json")],
+        "val_every": STEPS,
+    }
+    plain, _ = launch(world, "tuned1", [sys.executable], batch_size=4, **fields)
+    zero = {"zero": "scripts/deepspeed/zero3.json", "loss_block": 16}
+    losses, _ = launch(world, "tuned2", deepspeed_command(), batch_size=2, **fields, **zero)
+    torch.testing.assert_close(losses, plain, rtol=2e-4, atol=1e-4)
+    (one, two), before = (load_mllm(Path(world) / name)[0].state_dict() for name in ("tuned1", "tuned2")), load_mllm(base)[0]
+    moved = set()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0.01, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        if not torch.equal(value, before.state_dict()[key]):
+            moved.add(key.split(".")[1])
+    assert moved == {"vision_tower", "multi_modal_projector", "language_model"}
+    logs = [(Path(world) / name / "log.jsonl").read_text().splitlines() for name in ("tuned1", "tuned2")]
+    held_out = [json.loads(lines[-1])["eval_accuracy"] for lines in logs]
+    assert held_out[0] == held_out[1]

@@ -182,6 +182,11 @@ def test_contradictions_are_refused(world, fields, message):
         MllmConfig(**recipe(world, model="m", **fields))
 
 
+def test_low_bits_under_zero3_are_refused(world):
+    with pytest.raises(DataError, match="zero3.json is stage 3, which cannot shard weights of 4 bits"):
+        run(world, "sharded", train=["projector", "llm_lora"], llm_bits=4, zero="scripts/deepspeed/zero3.json")
+
+
 def test_targets_that_are_not_there(world):
     fields = {"train": ["llm_lora"], "lora_targets": ["q_proj", "c_attn"]}
     with pytest.raises(DataError, match="'c_attn', which is no linear layer there; choose from down_proj"):

@@ -41,7 +41,7 @@ PUBLISHED = {
     "ferret_7b_align": ALIGN | {"geometry": "squash", "projector_type": "linear", "codec": "int1000"},
     "ferret_7b_finetune": FINETUNE | {"train": ["projector", "llm"], "learning_rate": 2e-5, "epochs": 3},
     "smollm2_135m": {"learning_rate": 5e-5, "projector_learning_rate": 5.12e-3},  # nanoVLM's rates
-    **{name: {} for name in ("nano_align", "nano_base", "nano_finetune")},  # ours
+    **{name: {} for name in ("nano_align", "nano_balance", "nano_base", "nano_finetune")},  # ours
 }
 
 
@@ -67,6 +67,13 @@ def test_a_recipe_says_the_published_numbers(name):
             assert json.loads(Path(config.zero).read_text())["zero_optimization"]["stage"] == value
         else:
             assert getattr(config, field) == value, field
+
+
+def test_ferrets_mix_has_its_repeats():
+    weights = {
+        Path(entry["path"]).stem: entry["weight"] for entry in read_recipe(RECIPES / "ferret_7b_finetune.yaml", FIELDS)["data"]
+    }
+    assert weights["git_instruction"] == 3 and weights["vg_relations"] == weights["vg_regions"] == 0.2 and len(weights) == 10
 
 
 @pytest.mark.parametrize(("name", "stage"), [("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])

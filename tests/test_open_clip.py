@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from encoder import ClocModel
+from encoder.costs import meta_encoder
 from encoder.errors import DataError, run_main
 from encoder.from_clip import from_clip
+from encoder.losses import LossConfig
 from encoder.pretrained import folder_kind, load_encoder, load_processor, load_vision_tower, weights_hash
+from encoder.pretraining_config import PretrainConfig
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
 # Head widths of 16 and 8: neither is open_clip's default of 64.
@@ -147,6 +150,11 @@ def test_a_hub_folder_is_an_encoder_like_any_other(tiny_processor, tmp_path):
     assert folder_kind(folder) == folder_kind(folder / "open_clip_model.safetensors") == "open_clip"
     loaded = load_encoder(folder)
     assert type(loaded) is CLIPModel and weights_hash(loaded) == weights_hash(clip)
+    reckoned = meta_encoder(PretrainConfig(shards="", output="", init=str(folder), objective="clip"), LossConfig())
+    assert {name: reckoned.state_dict()[name].shape for name in clip.state_dict()} == {
+        name: value.shape for name, value in clip.state_dict().items()
+    }
+    assert reckoned.config.vision_config.hidden_act == "quick_gelu"
     pixels, _ = inputs()
     tower = load_vision_tower(folder / "open_clip_model.safetensors")
     assert torch.equal(tower(pixel_values=pixels).last_hidden_state, clip.vision_model(pixel_values=pixels).last_hidden_state)

@@ -52,6 +52,12 @@ def test_the_two_choice_rules(answer):
     assert ferrets_choice(answer, "car", []) is ferret
 
 
+def test_the_longer_of_two_names_within_one_another_counts():
+    assert chosen("It is a hot dog.", ["hot dog"], ["dog"]) is True
+    assert chosen("It is a hot dog.", ["dog"], ["hot dog"]) is False
+    assert chosen("It is a dog, not a hot dog.", ["dog"], ["hot dog"]) is True
+
+
 def test_names_are_taken_apart_as_lvis_writes_them():
     assert names_of("bow_(weapon)") == ["bow", "weapon"] and names_of("alarm_clock") == ["alarm clock"]
     assert ferrets_choice("an archery bow", "bow_(weapon)", ["bow_(weapon)", "archery_bow"])
