@@ -187,11 +187,11 @@ def test_a_failure_stops_what_goes_on_from_it_and_nothing_else(arguments, monkey
         study.run_all(alone)
 
 
-def test_a_variant_changes_the_fields_that_the_recipe_and_its_preset_set(arguments, tmp_path):
+def test_a_variant_changes_the_fields_that_the_recipe_and_its_preset_set(tmp_path):
     """What `from_clip` starts from is a plain CLIP, which brings no field of the Prompter."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("tiny", "nano") + "prompter_shared: false\n")
-    arguments = argparse.Namespace(**{**vars(arguments), "recipe": recipe})
+    arguments = argparse.Namespace(scenes=tmp_path, out=tmp_path, recipe=recipe, steps=5)
     expected = {
         "cloc": {"prompter_shared": False},
         "joint": {"prompter_shared": False, "box_token": "joint"},
