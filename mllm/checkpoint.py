@@ -133,7 +133,7 @@ def save_mllm(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS_FILE).unlink(missing_ok=True)
-    state = model.state_dict() if state is None else state
+    state = without_tied_head(model, model.state_dict() if state is None else state)
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
@@ -147,6 +147,12 @@ def save_mllm(
     settings.tower_hash = tower_hash(state)
     settings.dtype = str(dtype).removeprefix("torch.")
     settings.write(folder)
+
+
+def without_tied_head(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the output layer where that is the embeddings: there loaders read the embeddings alone."""
+    tied = model.config.text_config.tie_word_embeddings
+    return {name: value for name, value in state.items() if not (tied and name == "lm_head.weight")}
 
 
 def _classic_name(name: str) -> str:

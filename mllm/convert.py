@@ -18,7 +18,7 @@ from encoder.pretrained import check_loaded, load_strict, load_vision_tower
 from encoder.processor import ClocProcessor
 from mllm import llava_layout as layout
 from mllm.adapter_folder import ADAPTER, PEFT_PREFIX
-from mllm.checkpoint import MllmSettings, load_mllm
+from mllm.checkpoint import MllmSettings, load_mllm, without_tied_head
 from mllm.config import PROJECTORS
 from mllm.image_input import ImageInput
 from mllm.model import Mllm, join
@@ -163,7 +163,7 @@ def write_llava(source: str | Path, output: str | Path, tower: str | None = None
         settings.dtype,
     )
     output.mkdir(parents=True, exist_ok=True)
-    state = layout.to_llava(model.state_dict(), linear=model.config.projector_hidden_act == "linear")
+    state = layout.to_llava(without_tied_head(model, model.state_dict()), linear=model.config.projector_hidden_act == "linear")
     export_vision(model.model.vision_tower, tower_folder, ClocProcessor(settings.image.processor(), None))
     projector = {name: value.clone() for name, value in state.items() if ".mm_projector." in name}
     if kind == "projector":

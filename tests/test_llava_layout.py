@@ -225,6 +225,26 @@ def test_lora_is_merged_and_its_names_are_checked(parts, tmp_path):
         read_llava(adapter, tower=folder / "clip", llm=folder / "vicuna")
 
 
+def test_tied_embeddings_are_written_and_not_the_head(parts, tmp_path):
+    """As in SmolLM2 or small Qwens: stock loaders of tied models read the embeddings and leave the head out."""
+    folder, _ = parts
+    llm = language_model(folder).config
+    llm.tie_word_embeddings = True
+    LlamaForCausalLM(llm).float().save_pretrained(tmp_path / "llm")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "llm" / name).write_bytes((folder / "vicuna" / name).read_bytes())
+    mllm = build_mllm(MllmConfig(**recipe(folder, llm_preset=None, llm=str(tmp_path / "llm"), template="vicuna_v1")))
+    save_mllm(tmp_path / "mllm", mllm.model, mllm.tokenizer, mllm.settings, torch.float32, None, mllm.sentencepiece_model)
+    write_llava(tmp_path / "mllm", tmp_path / "out")
+    for saved, embeddings in (("mllm", "language_model.model.embed_tokens.weight"), ("out", "model.embed_tokens.weight")):
+        names = load_file(tmp_path / saved / "model.safetensors").keys()
+        assert embeddings in names and not any("lm_head" in name for name in names)
+    for model in (load_mllm(tmp_path / "mllm")[0], read_llava(tmp_path / "out").model):
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        for (name, a), b in zip(mllm.model.state_dict().items(), model.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+
+
 def test_a_tokenizer_of_our_own_survives_both_ways(parts, tmp_path):
     folder, _ = parts
     mllm = build_mllm(MllmConfig(**recipe(folder)))
