@@ -82,6 +82,9 @@ def _table(title: str, columns: dict, published: dict, runs: list[Run], note: st
         values = []
         for column, (name, metrics) in columns.items():
             entries = run.entries.get(name)
+            # Own data in a folder called refcoco are no RefCOCO; RefLVIS is always drawn anew, which the note says.
+            if entries and not name.startswith("reflvis") and entries[0].evaluation.protocol.get("completeness") == "own data":
+                entries = None
             metric = next((m for m in metrics if entries and m in entries[0].scored.metrics), None)
             values.append(100 * entries[0].scored.accuracy(metric).value if metric else None)
             if metric:
