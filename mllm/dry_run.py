@@ -111,7 +111,7 @@ def duration(config: MllmConfig, dataset: ConversationDataset, processes: int) -
 
 def first_batch(config: MllmConfig, dataset: ConversationDataset) -> list[TokenRow]:
     """The rows that the first process meets first, in the Trainer's own order."""
-    alone = replace(config, report_to="none")
+    alone = replace(config, report_to="none", val_data=[])
     model = Mllm(torch.nn.Linear(1, 1), None, None)
     trainer = MllmTrainer(alone, model, dataset, None, {"train": list}, training_arguments(alone, None, Path(config.output)))
     return next(iter(trainer.get_train_dataloader()))

@@ -31,6 +31,7 @@ def world(tmp_path_factory):
 def test_the_script_tells_and_draws_and_trains_nothing(world, tmp_path):
     fields = {"train": ["projector", "llm_lora"], "lora_rank": 4, "llm_bits": 4, "max_steps": 0, "epochs": 2}
     values = recipe(world, model=str(world / "base"), output=str(tmp_path / "run"), **fields)
+    values["val_data"] = values["data"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "scripts/finetune_mllm.py", str(tmp_path / "recipe.yaml"), "--dry-run", "--processes", "2"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
