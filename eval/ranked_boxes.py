@@ -20,7 +20,7 @@ from eval.coco_files import read_instances
 from eval.embedding import Embedder, embed_texts
 from eval.metrics import THRESHOLDS, paired_iou
 from eval.predictions import Box, Prediction, Target
-from eval.region_features import RegionFeatures
+from eval.region_features import RegionFeatures, feature_variant
 
 WAYS = ("prompter", "roialign", "crop")
 KEPT = 10  # of the ranking, for recall at 5 and 10
@@ -103,8 +103,8 @@ class RankingAnswerer:
         self.features = RegionFeatures(model, processor, args.rank, args.layer, args.crop_scale)
         self.candidates = candidates
         self.protocol = {"codec": "ranking", "candidates": candidates.description, "decoding": "ranking"}
-        layer = str(args.layer) if args.rank == "roialign" else ""
-        self.record = {**self.embedder.record(), "variant": f"{args.rank}{layer}"}
+        way = argparse.Namespace(feature=args.rank, layer=args.layer, crop_scale=args.crop_scale)
+        self.record = {**self.embedder.record(), "variant": feature_variant(way)}
 
     def chance(self, targets: list[Target]) -> dict[str, float]:
         """Per metric, how often a candidate drawn at random is right."""

@@ -178,6 +178,9 @@ def test_ranking_takes_the_candidate_most_similar_to_the_expression(tmp_path, ti
     iou = paired_iou(np.array([p.box for p in evaluation.predictions]), np.array([t.box for t in evaluation.targets]))
     assert scores["acc_50"]["value"] == (iou >= 0.5).mean() and set(scores["by_area"]) == {"small"}
     assert scores["chance"] == 0.5, "one of two candidates, each the right one for half of the questions"
+    if way == "crop":
+        run(refcoco, *flags, "--rank", way, "--geometry", "pad", "--crop-scale", 1.5)
+        assert (folder.parent / "crop1.5/scores.json").is_file(), "another scale is another way, not the same answers again"
 
 
 def test_proposals_of_a_detector_are_found_by_cocos_number(tmp_path, tiny_folder):
