@@ -54,7 +54,7 @@ def read_part(args: argparse.Namespace, category: str) -> Part:
         regions_of(text, width, height)
         targets.append(Target(str(number), image, width, height, text, (0.0, 0.0, float(width), float(height)), "", category))
     whole = "published" if len(rows) == QUESTIONS else f"PARTIAL: the file has {len(rows)} of {QUESTIONS} questions"
-    return Part("ferret_bench", category, "judged", targets, whole)
+    return Part("ferret_bench", category, "judged", targets, whole, {"max_new_tokens": args.max_new_tokens})
 
 
 def regions_of(text: str, width: int, height: int) -> tuple[str, list]:
@@ -171,6 +171,9 @@ def main() -> None:
     args = parser.parse_args()
     if (args.judge is None) != (args.judge_url is None):
         raise DataError("--judge and --judge-url are given together: which model, and where")
+    unknown = set(args.split or ()) - FOLDERS.keys()
+    if unknown:
+        raise DataError(f"--split {sorted(unknown)[0]} is no category; choose among {', '.join(FOLDERS)}")
     if args.score_only and (args.judge is None or args.data is None):
         raise DataError("--score-only asks the judge again, for which --data, --judge and --judge-url are needed")
 

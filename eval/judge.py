@@ -64,15 +64,19 @@ class Judge:
         return text
 
     def _ask(self, body: dict) -> str:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(self.key_name):
-            headers["Authorization"] = f"Bearer {os.environ[self.key_name]}"
         address = f"{self.url}/chat/completions"
+        if not address.startswith(("http://", "https://")):
+            raise DataError(f"--judge-url {self.url} is no address of a server; write it with http:// or https:// and up to /v1")
         for wait in (*self.waits, None):
-            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+            request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            if os.environ.get(self.key_name):  # a redirection to another server does not take it along
+                request.add_unredirected_header("Authorization", f"Bearer {os.environ[self.key_name]}")
             try:
                 with urllib.request.urlopen(request, timeout=600) as response:
-                    return json.loads(response.read())["choices"][0]["message"]["content"]
+                    text = json.loads(response.read())["choices"][0]["message"]["content"]
+                if not isinstance(text, str):  # a judge that spent all its tokens on thinking says null
+                    raise TypeError(f"content is {json.dumps(text)}")
+                return text
             except urllib.error.HTTPError as error:
                 said = " ".join(error.read(300).decode(errors="replace").split())
                 reason = f"{error.code} {error.reason}" + (f": {said}" if said and not said.startswith("<") else "")

@@ -37,6 +37,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, dict(self.headers), body))
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.url}/elsewhere")
+            return self.end_headers()
         if self.server.failures:
             self.server.failures -= 1
             return self.send_error(503 if body["model"] == "busy" else 401)
@@ -47,6 +51,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def do_GET(self):
+        self.server.requests.append((self.path, dict(self.headers), None))
+        self.send_error(404)
 
     def log_message(self, *arguments):
         """Nothing on the terminal."""
@@ -162,6 +170,23 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_one_sentence(server, tmp_
         judge.reply("x")
 
 
+def test_the_key_stays_with_its_server_and_an_empty_reply_is_not_kept(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    judge = Judge(server.url.replace("/v1", "/moved"), "m", tmp_path, 0.2, 10)
+    with pytest.raises(DataError, match="refuses the judge 'm' .404"):
+        judge.reply("x")
+    assert [(path, "Authorization" in headers) for path, headers, _ in server.requests] == [
+        ("/moved/chat/completions", True), ("/v1/elsewhere", False)
+    ]  # fmt: skip
+    judge.url, server.replies = server.url, {"x": None}
+    with pytest.raises(DataError, match="does not answer as chat completions do .*content is null"):
+        judge.reply("x")
+    assert not list(tmp_path.glob("*.json"))
+    judge.url = "localhost:8000/v1"
+    with pytest.raises(DataError, match="--judge-url localhost:8000/v1 is no address of a server"):
+        judge.reply("x")
+
+
 @pytest.mark.parametrize(
     ("reply", "marks"),
     [("8 4", (8, 4)), ("8.5, 7\nwell", (8.5, 7)), ("\n9 10", (9, 10)), ("8", None), ("Assistant 1: 8", None), ("", None),
@@ -192,5 +217,9 @@ def test_what_is_missing_is_said_before_anything_is_asked(bench, tmp_path):
     flags = ["--model", MLLM, "--data", bench / "data", "--images", bench / "images", "--out", tmp_path]
     with pytest.raises(DataError, match="--judge and --judge-url are given together"):
         run(ferret_bench, *flags, "--judge", "m")
+    with pytest.raises(DataError, match="--split refer is no category; choose among refer_desc"):
+        run(ferret_bench, *flags, "--split", "refer")
+    with pytest.raises(DataError, match="protocol.max_new_tokens 8, this run has 9"):
+        run(ferret_bench, *flags[:-1], bench / "run", "--max-new-tokens", 9)
     with pytest.raises(DataError, match="has no refer_desc/question.jsonl"):
         run(ferret_bench, *flags[:2], "--data", tmp_path, *flags[4:])
