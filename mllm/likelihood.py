@@ -42,7 +42,9 @@ def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     options = {"tokenize": True, "return_dict": True}
     prompt = model.tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)["input_ids"]
-    whole = model.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+    encoded = model.tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, **options)
+    # What a template writes behind the mark that ends an answer, such as a newline, nobody says.
+    whole = encoded["input_ids"][: len(encoded["assistant_masks"]) - encoded["assistant_masks"][::-1].index(1)]
     if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
         raise DataError(
             f"the chat template does not write the answer '{answer}' behind its prompt; likelihoods need that it does"

@@ -18,6 +18,7 @@ from eval.predictions import load_evaluation
 from eval.reflvis_records import make_records, point_inside, scribble
 from mllm.generation import GroundingModel
 from mllm.likelihood import answer_likelihoods
+from mllm.templates import TEMPLATES
 
 MLLM = Path(__file__).parents[1] / "weights/mllm_cloc"
 
@@ -202,3 +203,14 @@ def test_visual_genome_describes_and_grounds_its_regions(tmp_path):
     assert len(load_evaluation(tmp_path / "one/visual_genome_describing/regions").targets) == 1
     with pytest.raises(DataError, match="2 numbers, only 1 of them in"):
         run(visual_genome, *flags[:-1], tmp_path / "two", "--ids", put(tmp_path / "ids.txt", "2 77\n"))
+
+
+def test_a_likelihood_ends_with_the_mark_that_ends_the_answer():
+    """A newline that a template writes behind that mark is no part of it: the model never learned to say it."""
+    model, found = GroundingModel.from_pretrained(MLLM), []
+    rows = [(Image.new("RGB", (60, 50), (90, 100, 40)), "What is this?", [], "red heart")]
+    ends = TEMPLATES["chatml"], TEMPLATES["chatml"].replace("{% endgeneration %}{{ '\\n' }}", "{% endgeneration %}")
+    assert ends[0] != ends[1]
+    for model.tokenizer.chat_template in ends:
+        found += answer_likelihoods(model, rows)
+    assert found[0] == found[1]
