@@ -8,7 +8,6 @@ means that box. The model is given the picture, the question and the boxes named
 
 import argparse
 import html
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -26,7 +25,6 @@ MAX_UPLOAD = "30mb"
 MAX_ANSWER = 128  # tokens
 QUEUE, SESSIONS = 16, 64  # events that may wait, visitors whose chat is kept
 
-BRACKETS = re.compile(r"\[[\d,.\s-]+\]")  # what may be a box in an answer
 WELCOME = "Ask where something is, or click two corners on the picture to draw a box."
 TITLE = """# A box on the picture is part of the sentence
 Ask **where** something is: the answer's box is drawn on the picture, in the colour of its words. Ask about a **place**:
@@ -104,20 +102,24 @@ def ask(session: Session, question: str, model: GroundingModel) -> Iterator[None
 
 
 def hear(session: Session, answer: str, model: GroundingModel) -> None:
-    """An answer goes into the chat, each box in it onto the picture and into its colour; what is no box says why."""
-    notes, session.status = "", WELCOME
+    """An answer goes into the chat, each box in it onto the picture and into its colour.
 
-    def drawn(match: re.Match) -> str:
-        nonlocal notes
-        box, reason = model.decode_box(match[0], session.board.picture.size)
+    What has the form of a box, in the model's own codec, and is none says why.
+    """
+    words, notes, before, session.status = "", "", 0, WELCOME
+    for start, end in model.codec.spans(answer):
+        written = html.escape(answer[start:end])
+        box, reason = model.decode_box(answer[start:end], session.board.picture.size)
+        words += html.escape(answer[before:start])
         if box is None:
-            notes += f"<br><small>{match[0]} is not drawn: {html.escape(reason)}</small>"
-            return match[0]
-        number = session.board.add(box)
-        session.status = f"Box [{number}] is on the picture; ask about it by its number."
-        return coloured(number, match[0])
-
-    words = BRACKETS.sub(drawn, html.escape(answer))
+            notes += f"<br><small>{written} is not drawn: {html.escape(reason)}</small>"
+            words += written
+        else:
+            number = session.board.add(box)
+            session.status = f"Box [{number}] is on the picture; ask about it by its number."
+            words += coloured(number, written)
+        before = end
+    words += html.escape(answer[before:])
     session.say("assistant", (words or "<i>The model said nothing.</i>") + notes)
 
 

@@ -27,6 +27,7 @@ from demo.drawing import (
     open_picture,
 )
 from encoder.errors import DataError
+from mllm.box_text import BoxCodec
 from mllm.checkpoint import save_mllm
 from mllm.config import MllmConfig
 from mllm.generation import GroundingModel
@@ -220,6 +221,14 @@ def test_boxes_of_an_answer_are_drawn_in_pixels_and_coloured_alike(session, mode
     assert (text, numbers) == ("What is <region:0>?", [2])
     list(ask(session, "What is [2]?", model))
     assert 1 not in session.board.shown and 2 in session.board.shown  # an earlier answer's box makes room
+
+
+def test_boxes_of_location_tokens_are_drawn_and_escaped(session, model, monkeypatch):
+    monkeypatch.setattr(model, "codec", BoxCodec("loc_tokens"))
+    hear(session, "<b> <loc_250><loc_375><loc_750><loc_625> [250, 375, 750, 625]", model)
+    assert list(session.board.boxes) == [1] and np.allclose(session.board.boxes[1], (20, 10, 60, 30), atol=0.05)
+    said = session.turns[0]["content"]
+    assert "&lt;b&gt; <span" in said and "&lt;loc_250&gt;" in said and said.endswith("</span> [250, 375, 750, 625]</div>")
 
 
 def test_an_answers_bad_box_says_why_and_an_empty_answer_is_said(session, model):
