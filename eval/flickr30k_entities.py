@@ -20,7 +20,7 @@ from eval.runner import Part, benchmark_parser, run_benchmark
 
 def read_part(args: argparse.Namespace, split: str) -> Part:
     """The phrases of a split that have boxes; those without are counted into the protocol."""
-    _, names = split_ids(args.data, split)
+    _, names = split_ids(args.data, split, "--data")
     targets, counts = [], Counter(images=len(names))
     for name in names:
         boxes, (width, height), found = read_boxes(args.data, name)

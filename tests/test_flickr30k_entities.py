@@ -96,6 +96,8 @@ def test_phrases_come_from_the_original_files_and_an_encoder_answers(tmp_path, t
     assert scores["any_box_recall_5"] == 1.0 and scores["merged_box_recall_10"] == pytest.approx(1 / 3)
     with pytest.raises(DataError, match="no phrase of split test has a box"):
         run(flickr30k_entities, *flags[:7], "test", "--out", tmp_path / "b")
+    with pytest.raises(DataError, match="gone is not a folder; give the dataset's own with --data"):
+        run(flickr30k_entities, *flags, "--data", tmp_path / "gone")
     (images / "1000092795.jpg").unlink()
     with pytest.raises(DataError, match="1 of 1 images are not in .*1000092795.jpg"):
         run(flickr30k_entities, *flags[:-1], tmp_path / "c")

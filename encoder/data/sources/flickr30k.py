@@ -56,10 +56,10 @@ def read_flickr30k(folder: Path, images: Path, split: str = "train") -> Source:
     return Source("flickr30k", f"flickr30k/{split}", files, go(), len(ids))
 
 
-def split_ids(folder: Path, split: str) -> tuple[tuple[Path, ...], list[str]]:
-    """The list of a split, where it is one, and the numbers of its pictures."""
+def split_ids(folder: Path, split: str, flag: str = "--annotations") -> tuple[tuple[Path, ...], list[str]]:
+    """The list of a split, where it is one, and the numbers of its pictures. flag: that `folder` was given with"""
     for path in (folder, folder / "Sentences"):
-        check_folder(path, "--annotations")
+        check_folder(path, flag)
     if split == "all":
         return (), sorted(path.stem for path in (folder / "Sentences").glob("*.txt"))
     file = folder / f"{split}.txt"
