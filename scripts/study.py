@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tqdm import tqdm
@@ -108,6 +108,7 @@ def check_settings(args: argparse.Namespace) -> None:
                 f"{path}: the runs there were made with {key} = {before.get(key)}, this one has {settings.get(key)}; "
                 "choose another --out"
             )
+        return  # not written again: variants that start at the same time read it
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -154,6 +155,11 @@ def run_all(args: argparse.Namespace) -> list[str]:
             future = pool.submit(start_after, before, variant, seed)
             future.add_done_callback(lambda _: bar.update())
             running[variant, seed] = future
+        try:
+            wait(running.values())
+        except KeyboardInterrupt:  # the pool would train all that is left before it ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for future in running.values():
         error = future.exception()
         if isinstance(error, DataError):

@@ -5,8 +5,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +187,21 @@ def test_a_failure_stops_what_goes_on_from_it_and_nothing_else(arguments, monkey
     alone = argparse.Namespace(**{**wanted, "variants": ["from_clip"]})
     with pytest.raises(DataError, match="'from_clip' goes on from 'clip' of the same seed; add 'clip'"):
         study.run_all(alone)
+
+
+def test_an_interruption_starts_nothing_more(monkeypatch, tmp_path):
+    done = []
+
+    def run_variant(args, variant, seed):
+        time.sleep(0.3)  # all are waiting by now
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        done.append(seed)
+
+    monkeypatch.setattr(study, "run_variant", run_variant)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_all(argparse.Namespace(out=tmp_path, variants=["cloc"], seeds=[0, 1, 2], parallel=1))
+    assert done == [0]
 
 
 def test_a_variant_changes_the_fields_that_the_recipe_and_its_preset_set(tmp_path):
