@@ -163,6 +163,13 @@ def load_answerer(folder: Path, device: str | None, dtype: str) -> MllmAnswerer 
     return kind(folder, device or best_device(), DTYPES[dtype])
 
 
+def check_counts(limit: int | None, batch_size: int) -> None:
+    """DataError where --limit or --batch-size asks for nothing, which would be a score of other questions or a crash."""
+    for flag, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise DataError(f"{flag} is {value}; give at least 1")
+
+
 def refuse_cutting_geometry(where: Path, mode: str) -> None:
     if mode == "center_crop":
         raise DataError(f"{where}: geometry 'center_crop' cuts objects off, boxes cannot be scored; train with 'pad' or 'squash'")

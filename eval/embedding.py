@@ -20,7 +20,7 @@ from encoder.errors import DataError
 from encoder.geometry import MODES
 from encoder.pretrained import load_encoder, load_processor, weights_hash
 from encoder.processor import ClocProcessor
-from eval.answering import best_device
+from eval.answering import best_device, check_counts
 from eval.scoring import score_folder, score_line, score_run
 
 TEXTS_AT_ONCE = 256
@@ -55,6 +55,7 @@ def run_evaluation(
     if any(getattr(args, flag) is None for flag in flags):
         *others, last = (f"--{flag}" for flag in flags)
         raise DataError(f"{', '.join(others)} and {last} are needed, unless --score-only is given")
+    check_counts(args.limit, args.batch_size)
     folders = evaluate(args)
     for folder in folders:
         print(score_line(score_folder(folder)))

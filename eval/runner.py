@@ -17,7 +17,7 @@ from PIL import Image
 
 from encoder.distributed import rank
 from encoder.errors import DataError
-from eval.answering import DTYPES, answer_all, load_answerer
+from eval.answering import DTYPES, answer_all, check_counts, load_answerer
 from eval.coco_files import check_images
 from eval.predictions import PredictionLog, Target
 from eval.processes import add_launcher_flag, first_does, processes
@@ -76,6 +76,7 @@ def run_benchmark(
         return score_run(args.out, metrics)
     if args.model is None or args.data is None:
         raise DataError("--model and --data are needed, unless --score-only is given")
+    check_counts(args.limit, args.batch_size)
     with processes():
         parts = [limited(part, args.limit) for part in read()]
         images = image_folder(args)

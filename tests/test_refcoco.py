@@ -306,6 +306,9 @@ def test_limit_is_marked_partial(encoders, scenes, monkeypatch, capsys):
     run(monkeypatch, "--model", encoders["cloc"], "--data", scenes / "refcoco", "--out", scenes / "run",
         "--split", "val", "--limit", 3)  # fmt: skip
     assert "n 3  (PARTIAL: 3 of 4)" in capsys.readouterr().out
+    for flag, value in (("--limit", -1), ("--limit", 0), ("--batch-size", 0)):
+        with pytest.raises(DataError, match=f"{flag} is {value}; give at least 1"):
+            run(monkeypatch, "--model", encoders["cloc"], "--data", scenes / "refcoco", "--out", scenes / "run", flag, value)
 
 
 def test_bad_models_and_images_are_refused_before_anything_is_answered(encoders, scenes, monkeypatch):

@@ -83,6 +83,8 @@ def test_a_cut_run_goes_on_and_a_limit_is_said(tiny_folder, imagenet, capsys):
     path.write_text("".join(whole.splitlines(keepends=True)[:4]))
     evaluate(tiny_folder, imagenet, *arguments)
     assert "going on after 4 of 9" in capsys.readouterr().out and path.read_text() == whole
+    with pytest.raises(DataError, match="--limit is 0; give at least 1"):
+        evaluate(tiny_folder, imagenet, *arguments, "--limit", 0)
 
 
 def test_forms_of_the_names(imagenet):
