@@ -22,7 +22,7 @@ from mllm.tokenizer import save_tokenizer
 ADAPTER, TRAINED = "adapter_model.safetensors", "trained.safetensors"
 PEFT_PREFIX = "base_model.model."
 # What the base is rebuilt from; of a base folder the first alone.
-PATHS = ("model", "tower", "llm", "prompter")
+PATHS = ("model", "tower", "llm", "projector", "prompter")
 BASE_FIELDS = (
     *PATHS, "feature_layer", "geometry", "codec", "template", "projector_type", "region_tokens", "seed"
 )  # fmt: skip

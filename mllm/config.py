@@ -261,6 +261,10 @@ class MllmConfig:
             )
         if self.save_adapter and not self.uses_lora:
             raise DataError("save_adapter is true, but train names neither llm_lora nor tower_lora; there is no adapter to save")
+        if self.save_adapter and self.llm_preset:
+            raise DataError(
+                "save_adapter is true, but no folder holds the random weights that llm_preset starts from; drop save_adapter"
+            )
 
     def _check_numbers(self):
         at_least_one = ("batch_size", "gradient_accumulation", "log_every", "val_every", "max_length", "llm_layers")

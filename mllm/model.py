@@ -104,6 +104,12 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
 
 def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     model, tokenizer, settings = load_mllm(config.model, dtype, config.attention)
+    if settings.llm_bits:
+        raise DataError(
+            f"the MLLM {config.model} is an adapter on a language model in {settings.llm_bits} bits, which cannot learn on; make "
+            "a whole folder of it with scripts/convert_checkpoint.py --to mllm and name that"
+        )
+    settings.base = {}  # of an adapter folder, whose weights are in the model now
     pairs = {
         "feature_layer": settings.feature_layer,
         "geometry": settings.image.mode,

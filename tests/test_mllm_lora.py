@@ -9,7 +9,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from mllm_fixtures import recipe, write_clip, write_conversations
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from encoder.errors import DataError
 from mllm import training
@@ -150,6 +150,29 @@ def test_low_bits_are_near_full_precision_and_reload(world, bits, tmp_path):
     )
 
 
+def test_training_goes_on_from_an_adapter(world, merged_and_adapter, tmp_path):
+    """To a whole folder, which needs no base; from low bits it does not, since what learns there is not what was trained."""
+    start = logits_of(merged_and_adapter[1])
+    fields = {"max_steps": 1, "save_every": 0, "train": ["projector"], "projector_learning_rate": 1e-9, "save_dtype": "float32"}
+    whole = run(world, "unused", model=str(merged_and_adapter[1]), output=str(tmp_path / "whole"), **fields)
+    torch.testing.assert_close(logits_of(whole), start, atol=1e-4, rtol=1e-4)
+    low = run(world, "unused", output=str(tmp_path / "low"), **fields | {"train": ["projector", "llm_lora"], "llm_bits": 4})
+    with pytest.raises(DataError, match="adapter on a language model in 4 bits, which cannot learn on"):
+        run(world, "unused", model=str(low), output=str(tmp_path / "on"), **fields)
+
+
+def test_a_frozen_projector_that_was_given_is_part_of_an_adapters_base(world, tmp_path):
+    model, tokenizer, _ = load_mllm(world / "base")
+    LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    parts = {"tower": str(world / "clip"), "llm": str(tmp_path / "llm"), "projector": str(world / "base"), "train": ["llm_lora"]}
+    shared = {name: recipe(world, model="")[name] for name in ("data", "images", "precision", "report_to", "max_length")}
+    fields = {"output": str(tmp_path / "adapter"), "max_steps": 1, "save_every": 0, "lora_rank": 4, "save_adapter": True}
+    folder = train(MllmConfig(**shared, **fields, **parts))
+    mine, theirs = (m.model.multi_modal_projector.state_dict() for m in (load_mllm(folder)[0], model))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 def test_an_adapter_whose_base_changed_is_refused(world, merged_and_adapter, tmp_path):
     folder = shutil.copytree(merged_and_adapter[1], tmp_path / "adapter")
     values = json.loads((folder / "grounding.json").read_text())
@@ -175,11 +198,15 @@ def test_an_adapter_whose_base_changed_is_refused(world, merged_and_adapter, tmp
         ({"train": ["llm_lora"], "lora_rank": 0}, "lora_rank 0"),
         ({"train": ["projector"], "save_adapter": True}, "no adapter to save"),
         ({"train": ["tower_lora"], "cache_features": True}, "train names tower_lora"),
+        (
+            {"train": ["llm", "tower_lora"], "save_adapter": True, "model": None, "tower": "t", "llm_preset": "nano"},
+            "random weights that llm_preset starts from",
+        ),
     ],
 )
 def test_contradictions_are_refused(world, fields, message):
     with pytest.raises(DataError, match=message):
-        MllmConfig(**recipe(world, model="m", **fields))
+        MllmConfig(**recipe(world, model="m") | fields)
 
 
 def test_low_bits_under_zero3_are_refused(world):
