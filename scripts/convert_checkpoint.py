@@ -104,7 +104,8 @@ def convert_mllm(arguments: argparse.Namespace, source: Path, output: Path) -> N
 def merge_lora(arguments: argparse.Namespace, source: Path, output: Path) -> None:
     model, tokenizer, settings = merge_adapter(source)
     proto = source / "tokenizer.model"
-    save_mllm(output, model, tokenizer, settings, torch.bfloat16, None, proto.read_bytes() if proto.is_file() else None)
+    dtype = getattr(torch, settings.dtype)
+    save_mllm(output, model, tokenizer, settings, dtype, None, proto.read_bytes() if proto.is_file() else None)
 
 
 def convert_gguf(source: Path, output: Path) -> None:
