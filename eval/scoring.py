@@ -269,11 +269,12 @@ def groups(hits: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
 
 
 def score_line(scores: dict[str, Any], metrics: tuple[str, ...] | None = None) -> str:
-    """One line for the terminal: benchmark, accuracies in percent with their intervals, n, and what is missing."""
-    parts = []
-    for metric in metrics or HEADLINES[scores["task"]]:
-        if metric not in scores:
-            continue
+    """One line for the terminal: benchmark, accuracies in percent with their intervals, n, and what is missing.
+
+    metrics: to show of those that there are; where it has none of them, as without, all
+    """
+    parts, there = [], [metric for metric in HEADLINES[scores["task"]] if metric in scores]
+    for metric in [metric for metric in there if metric in (metrics or ())] or there:
         s = scores[metric]
         parts.append(f"{metric} {100 * s['value']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]")
     if scores["task"] == "grounding":

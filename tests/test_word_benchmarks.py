@@ -16,6 +16,7 @@ from encoder.masks import decode_mask
 from eval import pope, reflvis, reflvis_records, visual_genome
 from eval.predictions import load_evaluation
 from eval.reflvis_records import make_records, point_inside, scribble
+from eval.scoring import score_line
 from mllm.generation import GroundingModel
 from mllm.likelihood import answer_likelihoods
 from mllm.templates import TEMPLATES
@@ -144,6 +145,7 @@ def test_reflvis_asks_in_both_orders_for_each_kind_of_region(tmp_path, decide, c
                 assert len(answer.likelihoods) == 2 and max(answer.likelihoods) < 0
                 assert answer.raw == target.choices[int(np.argmax(answer.likelihoods))]
             assert "ferret_rule" not in scores
+            assert "two_choice" in score_line(scores, ("ferret_rule",)), "a line without an accuracy says nothing"
     assert prompts["box"]["0-0"] == "Is the object <region:0> of the image a car (automobile) or a bus?"
     if decide == "generation":
         capsys.readouterr()
