@@ -98,6 +98,8 @@ class RankingAnswerer:
     suffix = "_ranking"
 
     def __init__(self, args: argparse.Namespace, candidates: Candidates):
+        if args.dtype != "float32":
+            raise DataError(f"--dtype {args.dtype} is for models that are asked; --rank computes in float32, leave it out")
         self.embedder = Embedder(args.model, args.device, args.geometry)
         model, processor = self.embedder.model, self.embedder.processor
         self.features = RegionFeatures(model, processor, args.rank, args.layer, args.crop_scale)
