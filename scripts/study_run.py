@@ -17,7 +17,7 @@ from encoder.pretraining_config import PretrainConfig, build_configs
 from eval.answering import EncoderAnswerer, answer_all, best_device
 from eval.coco_files import Instances, read_instances
 from eval.embedding import Embedder
-from eval.predictions import PredictionLog, Target
+from eval.predictions import PredictionLog, Target, write_whole
 from eval.region_classification import as_targets, classify, usable_rows
 from eval.region_features import RegionFeatures, feature_variant
 from eval.retrieval import Directions, Picture, evaluate_retrieval
@@ -38,13 +38,13 @@ def train_and_evaluate(values: dict, scenes: Path, folder: Path, changed: dict) 
     config, loss_config = build_configs(values)
     timing = Path(config.output) / "timing.json"  # written last: the encoder is whole
     if not timing.is_file():
-        timing.write_text(json.dumps(train(config, loss_config)) + "\n")
+        write_whole(timing, json.dumps(train(config, loss_config)) + "\n")
     model = Path(config.output) / "model"
     readings = CLIP_READINGS if config.objective == "clip" else (OWN_READING,) if changed else (OWN_READING, WITHOUT_PROMPTER)
     scores = evaluate(model, readings, scenes, folder / "eval")
     result = {"changed": changed, "seed": config.seed, "steps": config.steps, "commit": commit()}
     result |= json.loads(timing.read_text()) | {"scores": scores}
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
 
 
 def train(config: PretrainConfig, loss_config: LossConfig) -> dict:
