@@ -18,7 +18,7 @@ from pipeline import PYTHON, TOWERS, balanced_data, in_order, mllm_evaluations, 
 from stages import Stage, commit, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
-# Either tower's better one of its last two, by the held-out loss of whole runs (docs/results.md).
+# Either tower's better one of its last two; docs/results.md says by what.
 FEATURE_LAYER = {"clip": "-2", "cloc": "-1"}
 NOTE = "All weights were trained by scripts/reproduce.py from zero, on scenes of the base pictures; weights/README.md says how."
 
