@@ -1,6 +1,7 @@
 """What a step of MLLM training costs, found on a model without data (see `encoder.costs`)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ from encoder.costs import Cost, measure_cost
 from encoder.errors import DataError
 from encoder.pretrained import folder_kind, load_vision_tower
 from mllm.box_text import BoxCodec
-from mllm.checkpoint import MllmSettings
-from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig
+from mllm.checkpoint import SETTINGS_FILE, MllmSettings
+from mllm.config import PROJECTORS, MllmConfig
 from mllm.features import tower_features
 from mllm.lora import add_lora, lora_config
-from mllm.model import freeze, join, llava_config, nano_llm_config
+from mllm.model import first_layer, freeze, join, llava_config, nano_llm_config
 from mllm.region_tokens import RegionLlavaConfig, RegionLlavaForConditionalGeneration, add_region_tokens
 from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token
 
@@ -31,6 +32,8 @@ def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
 
     A preset's tokenizer is not trained for this: it is taken to have `vocab_size` pieces, its most.
     """
+    if config.model and (Path(config.model) / SETTINGS_FILE).is_file() and (base := MllmSettings.read(config.model).base):
+        return meta_mllm(replace(config, **base))  # of an adapter folder, whose LoRA is added to the weights
     with torch.device("meta"):
         if config.model:
             _read_json(Path(config.model) / "config.json")
@@ -59,7 +62,7 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     else:
         sizes = AutoConfig.from_pretrained(config.tower)
     tower = AutoModel.from_config(getattr(sizes, "vision_config", sizes))
-    layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
+    layer = first_layer(config, tower.config)
     codec = BoxCodec(config.codec)
     if config.llm_preset:
         sizes = nano_llm_config(config, config.vocab_size + len(codec.tokens) + config.new_regions)

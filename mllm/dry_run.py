@@ -17,7 +17,7 @@ from mllm.conversation import IMAGE
 from mllm.costs import low_bit_bytes, meta_mllm, mllm_cost
 from mllm.data import ConversationDataset
 from mllm.image_input import read_picture
-from mllm.model import Mllm, first_settings, part_of, read_tokenizer
+from mllm.model import Mllm, check_rows, check_settings, first_settings, part_of, read_tokenizer
 from mllm.packing import TokenRow
 from mllm.preview import CELL, Sample, draw_sheet
 from mllm.regions import COORDS, Region
@@ -50,8 +50,11 @@ def dry_run(config: MllmConfig, processes: int = 1) -> Path:
 
 def outline(config: MllmConfig) -> Mllm:
     """The recipe's tokenizer and settings as in training, its model without data."""
+    model = meta_mllm(config)
+    check_rows(config, model.config.text_config)
     if config.model:
         tokenizer, settings = AutoTokenizer.from_pretrained(config.model), MllmSettings.read(config.model)
+        check_settings(config, settings, model.config.projector_hidden_act)
         if config.template != "auto":
             settings.template = choose_template(tokenizer, config.template)
         if config.new_regions and settings.regions == COORDS:
@@ -60,7 +63,7 @@ def outline(config: MllmConfig) -> Mllm:
     else:
         tokenizer, _ = read_tokenizer(config)
         settings = first_settings(config, tokenizer)
-    return Mllm(meta_mllm(config), tokenizer, settings)
+    return Mllm(model, tokenizer, settings)
 
 
 def parts(model) -> Iterator[str]:

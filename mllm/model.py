@@ -62,11 +62,7 @@ class Mllm:
 def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     """What the recipe names: an MLLM folder to go on from, or a tower and a language model joined by a new projector."""
     mllm = _from_folder(config, dtype) if config.model else _from_parts(config, dtype)
-    if config.joins_rows and not attends_to_all(mllm.model.config.text_config, config.max_length):
-        raise DataError(
-            f"{config.joins_rows} is true, but tokens of the language model {config.model or config.llm} do not see all of a row "
-            f"of {config.max_length} (sliding window or recurrent layers); leave {config.joins_rows} out, or lower max_length"
-        )
+    check_rows(config, mllm.model.config.text_config)
     if config.llm_bits:
         quantize(mllm.model.model.language_model, config.llm_bits, getattr(torch, config.save_dtype))
     if config.uses_lora:
@@ -76,16 +72,31 @@ def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     return mllm
 
 
+def check_rows(config: MllmConfig, text_config: PreTrainedConfig) -> None:
+    """Refuses rows of several conversations in a language model whose tokens do not see all of a row."""
+    if config.joins_rows and not attends_to_all(text_config, config.max_length):
+        raise DataError(
+            f"{config.joins_rows} is true, but tokens of the language model {config.model or config.llm} do not see all of a row "
+            f"of {config.max_length} (sliding window or recurrent layers); leave {config.joins_rows} out, or lower max_length"
+        )
+
+
+def first_layer(config: MllmConfig, tower_config: PreTrainedConfig) -> int | list[int]:
+    """Which layers of its tower an MLLM that starts from parts projects; refused where the tower lacks one."""
+    layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
+    for number in layers_of(layer):
+        if not -tower_config.num_hidden_layers - 1 <= number <= tower_config.num_hidden_layers:
+            raise DataError(
+                f"feature_layer is {number}, but the tower {config.tower} has {tower_config.num_hidden_layers} layers; "
+                "choose one of them, -1 is the last"
+            )
+    return layer
+
+
 def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     tower = load_vision_tower(config.tower, dtype)
     tower.set_attn_implementation(config.attention)
-    layer = DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer
-    for number in layers_of(layer):
-        if not -tower.config.num_hidden_layers - 1 <= number <= tower.config.num_hidden_layers:
-            raise DataError(
-                f"feature_layer is {number}, but the tower {config.tower} has {tower.config.num_hidden_layers} layers; "
-                "choose one of them, -1 is the last"
-            )
+    layer = first_layer(config, tower.config)
     torch.manual_seed(config.seed)  # after the tower: two towers of one size then meet the same initial weights
     tokenizer, proto = read_tokenizer(config)
     llm = _nano_llm(config, tokenizer) if config.llm_preset else _load_llm(config, tokenizer, dtype)
@@ -104,35 +115,36 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
 
 def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     model, tokenizer, settings = load_mllm(config.model, dtype, config.attention)
-    if settings.llm_bits:
-        raise DataError(
-            f"the MLLM {config.model} is an adapter on a language model in {settings.llm_bits} bits, which cannot learn on; make "
-            "a whole folder of it with scripts/convert_checkpoint.py --to mllm and name that"
-        )
     settings.base = {}  # of an adapter folder, whose weights are in the model now
-    pairs = {
-        "feature_layer": settings.feature_layer,
-        "geometry": settings.image.mode,
-        "codec": settings.codec,
-        "projector_type": next(k for k, act in PROJECTORS.items() if act == model.config.projector_hidden_act),
-    }
-    for name, saved in pairs.items():
-        asked = getattr(config, name)
-        if asked is not None and asked != saved:
-            raise DataError(f"{name} is {asked}, but the MLLM {config.model} was trained with {saved}; drop {name}")
+    check_settings(config, settings, model.config.projector_hidden_act)
     turned_on = config.new_regions and settings.regions == COORDS
     if turned_on:
         model = _turn_on_regions(config, model, tokenizer, settings)
-    elif config.region_tokens not in (None, settings.regions):
-        raise DataError(
-            f"region_tokens is {config.region_tokens}, but the MLLM {config.model} was trained with {settings.regions}; "
-            "drop region_tokens"
-        )
     if config.template != "auto":
         settings.template = choose_template(tokenizer, config.template)
     proto = Path(config.model) / "tokenizer.model"
     proto_bytes = proto.read_bytes() if proto.is_file() else None
     return Mllm(model, tokenizer, settings, proto_bytes, new_regions=turned_on)
+
+
+def check_settings(config: MllmConfig, settings: MllmSettings, projector_act: str) -> None:
+    """Refuses a recipe that contradicts the MLLM folder it goes on from, which has these settings."""
+    if settings.llm_bits:
+        raise DataError(
+            f"the MLLM {config.model} is an adapter on a language model in {settings.llm_bits} bits, which cannot learn on; make "
+            "a whole folder of it with scripts/convert_checkpoint.py --to mllm and name that"
+        )
+    pairs = {
+        "feature_layer": settings.feature_layer,
+        "geometry": settings.image.mode,
+        "codec": settings.codec,
+        "projector_type": next(k for k, act in PROJECTORS.items() if act == projector_act),
+        "region_tokens": settings.regions,
+    }
+    for name, saved in pairs.items():
+        asked, turned_on = getattr(config, name), name == "region_tokens" and saved == COORDS
+        if asked is not None and asked != saved and not turned_on:
+            raise DataError(f"{name} is {asked}, but the MLLM {config.model} was trained with {saved}; drop {name}")
 
 
 def _turn_on_regions(config: MllmConfig, model, tokenizer, settings: MllmSettings) -> RegionLlavaForConditionalGeneration:

@@ -11,10 +11,12 @@ import yaml
 from mllm_fixtures import recipe, write_clip, write_conversations
 from PIL import Image
 
+from encoder.errors import DataError
 from mllm import training
 from mllm.box_text import BoxCodec
 from mllm.config import MllmConfig
 from mllm.dry_run import duration, first_batch, memory, outline, readable
+from mllm.model import build_mllm
 from mllm.records import read_records
 from mllm.training import read_dataset, train
 
@@ -95,3 +97,27 @@ def test_more_processes_hold_less_and_take_fewer_steps(world, tmp_path):
     assert together[0][0] == together[1][0] and together[1][3] <= together[1][2] <= together[1][1]
     assert "3 steps of 4 rows" in list(duration(config, dataset, 1))[-1]
     assert "1 steps of 16 rows" in list(duration(config, dataset, 4))[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"feature_layer": 7}, "feature_layer is 7, but the tower"),
+        ({"model": "base", "geometry": "squash"}, "geometry is squash, but the MLLM .* was trained with pad"),
+        ({"model": "base", "codec": "float2"}, "codec is float2, but the MLLM .* was trained with int1000"),
+    ],
+)
+def test_what_the_run_would_refuse_the_dry_run_refuses(world, fields, message, tmp_path):
+    fields = fields | ({"model": str(world / fields["model"])} if "model" in fields else {})
+    config = MllmConfig(**recipe(world, output=str(tmp_path), **fields))
+    for act in (outline, train):
+        with pytest.raises(DataError, match=message):
+            act(config)
+
+
+def test_a_run_that_goes_on_from_an_adapter(world, tmp_path):
+    adapter = {"train": ["projector", "llm_lora"], "lora_rank": 4, "save_adapter": True, "max_steps": 1, "save_every": 0}
+    train(MllmConfig(**recipe(world, model=str(world / "base"), output=str(tmp_path / "adapter"), **adapter)))
+    config = MllmConfig(**recipe(world, model=str(tmp_path / "adapter"), output=str(tmp_path / "on"), train=["projector"]))
+    told, real = (dict(mllm.model.named_parameters()) for mllm in (outline(config), build_mllm(config)))
+    assert {name: value.shape for name, value in told.items()} == {name: value.shape for name, value in real.items()}
