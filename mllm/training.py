@@ -124,6 +124,9 @@ def read_dataset(config: MllmConfig, mllm: Mllm, data: list) -> ConversationData
         progress=rank() == 0,
         region_tokens=mllm.settings.regions,
     )
+    if config.cache_features and not dataset.image_files:
+        which = "val_data" if data is config.val_data else "data"
+        raise DataError(f"cache_features keeps features of pictures, but no conversation of {which} has one; set it to false")
     for line in dataset.sources:
         _say(line)
     if config.joins_rows and len(dataset) == dataset.num_records > 1:

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -112,6 +113,15 @@ def test_cached_features_give_the_loss_and_the_gradients_of_the_tower_itself(wor
     torch.testing.assert_close(results["cache"][0], results["tower"][0], atol=1e-4, rtol=1e-4)
     for a, b in zip(results["cache"][1], results["tower"][1], strict=True):
         torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["data", "val_data"])
+def test_there_is_no_cache_without_pictures(world, tmp_path, name):
+    records = json.loads((world / "conversations_0.json").read_text())
+    (tmp_path / "text.json").write_text(json.dumps([record for record in records if "image" not in record]))
+    fields = recipe(world, output=str(tmp_path / "run"), cache_features=True) | {name: [str(tmp_path / "text.json")]}
+    with pytest.raises(DataError, match=f"no conversation of {name} has one; set it to false"):
+        train(MllmConfig(**fields))
 
 
 def test_the_cache_is_made_once_per_tower_layer_and_pictures(world, tmp_path, monkeypatch):
