@@ -101,6 +101,11 @@ class GroundingModel:
 
     def question_text(self, image: Image.Image, question: str, regions: list) -> str:
         """The question as the model reads it: regions as text, and marks of their tokens where it has such."""
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                f"the picture of question '{question}' is a {type(image).__name__}; give a PIL image, since questions are asked "
+                "about pictures only"
+            )
         for mark in (IMAGE, REGION_TOKEN):
             if mark in question:
                 raise DataError(f"question '{question}' holds the mark {mark}, which is put in by itself; leave it out")

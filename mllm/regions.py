@@ -94,6 +94,8 @@ def as_region(value: Region | dict | Sequence[float], where: str, geometry: Geom
         return value
     if isinstance(value, dict):
         return parse_region(value, where, geometry.width, geometry.height)
+    if len(value) != 4:
+        raise DataError(f"{where} is {_shown(value)}; give a box x1, y1, x2, y2 in pixels, or an object with box, point or mask")
     return Region(tuple(map(float, value)))
 
 

@@ -213,6 +213,10 @@ def test_what_cannot_be_asked_says_so(chat, asked):
         chat.talk(images[0]).ask("What is <image>?")
     with pytest.raises(DataError, match="<region:0>, but 0 "):
         chat.ask(images[0], "What is <region>?")
+    with pytest.raises(DataError, match=r"region 0 is \(4, 8\); give a box x1, y1, x2, y2 in pixels"):
+        chat.ask(images[0], "What is <region>?", [(4, 8)])
+    with pytest.raises(DataError, match="the picture of question 'What is red\\?' is a NoneType; give a PIL image"):
+        chat.ask(None, "What is red?")
     talk = chat.talk(images[0])
     with pytest.raises(DataError, match="the language model reads 512; begin a new talk"):
         talk.ask(questions[0], max_new_tokens=500)
