@@ -14,7 +14,7 @@ from encoder.data.sources.flickr30k import box_around, read_boxes, read_sentence
 from encoder.data.sources.published import completeness
 from encoder.errors import DataError, run_main
 from eval.predictions import Target
-from eval.ranked_boxes import Candidates, RankingAnswerer, add_ranking_flags
+from eval.ranked_boxes import Candidates, RankingAnswerer, add_ranking_flags, refuse_without_rank
 from eval.runner import Part, benchmark_parser, run_benchmark
 
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__, data="folder with Sentences, Annotations, val.txt and test.txt")
     add_ranking_flags(parser)
     args = parser.parse_args()
+    refuse_without_rank(args)
 
     def ranker() -> RankingAnswerer:
         if args.proposals is None:

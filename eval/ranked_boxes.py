@@ -40,6 +40,13 @@ def add_ranking_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop-scale", type=float, default=1.0, help="with --rank crop, times the box (default: %(default)s)")
 
 
+def refuse_without_rank(args: argparse.Namespace) -> None:
+    """DataError where a flag of the ranking stands alone: without --rank the model would be asked, and the flag do nothing."""
+    for flag in ("proposals", "geometry"):
+        if getattr(args, flag) is not None and not args.rank:
+            raise DataError(f"--{flag} is for ranking candidate boxes; add --rank {'|'.join(WAYS)}, or leave it out")
+
+
 class Candidates:
     """Candidate boxes, xyxy pixels, by a picture's file name or by the number in it, which is COCO's id.
 

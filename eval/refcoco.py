@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from encoder.errors import DataError, run_main
-from eval.ranked_boxes import Candidates, RankingAnswerer, add_ranking_flags
+from eval.ranked_boxes import Candidates, RankingAnswerer, add_ranking_flags, refuse_without_rank
 from eval.refcoco_files import RefcocoFiles
 from eval.refcoco_mirrors import SETS, read_mirror
 from eval.runner import Part, benchmark_parser, image_folder, run_benchmark
@@ -58,6 +58,7 @@ def main() -> None:
     parser = refcoco_parser(__doc__)
     add_ranking_flags(parser)
     args = parser.parse_args()
+    refuse_without_rank(args)
 
     def ranker() -> RankingAnswerer:
         return RankingAnswerer(args, Candidates(args.proposals or Path(args.data) / "instances.json"))
