@@ -42,8 +42,8 @@ def main() -> None:
     missing = [f"mllm_{tower}" for tower in TOWERS if not (ROOT / "weights" / f"mllm_{tower}").is_dir()]
     if missing:
         raise DataError(f"{ROOT / 'weights'} lacks {', '.join(missing)}; check the clone, or run `make reproduce` to make them")
-    os.chdir(ROOT)
     out = arguments.out.resolve()
+    os.chdir(ROOT)
     scenes, report = out / "scenes", out / "report"
     before, after = ({tower: out / f"{when}_{tower}" for tower in TOWERS} for when in ("before", "after"))
     mllm = {tower: out / f"mllm_{tower}" for tower in TOWERS}

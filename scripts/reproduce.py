@@ -90,8 +90,8 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=1200, help="expressions of each of val, testA, testB (default 1200)")
     parser.add_argument("--ship", action="store_true", help="copy the finished weights into weights/")
     arguments = parser.parse_args()
-    os.chdir(ROOT)
     out = arguments.out.resolve()
+    os.chdir(ROOT)
     scenes = out / "scenes"
     mllm, runs = ({tower: out / f"{kind}_{tower}" for tower in TOWERS} for kind in ("mllm", "eval"))
     compare = [PYTHON, "eval/compare.py", *(f"{tower}={runs[tower]}" for tower in reversed(TOWERS))]
