@@ -13,7 +13,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from encoder.data.scene_files import FORMAT, SceneJob, write_scenes
+from encoder.data.scene_files import FORMAT, LLAVA_KINDS, SceneJob, write_scenes
 from encoder.data.scenes import SceneConfig
 from encoder.errors import DataError, run_main
 
@@ -122,6 +122,9 @@ def complete(out: Path, wanted: dict) -> bool:
         if found.get(key) != wanted[key]:
             differing = _first_difference(wanted[key], found.get(key))
             raise DataError(f"{out} holds scenes of other arguments ({differing}); give another --out, or remove it")
+    older = next((kind for kind in LLAVA_KINDS if not (out / kind).is_dir()), None)
+    if older:
+        raise DataError(f"{out} was drawn by an earlier version and has no {older}/; give another --out, or remove it")
     return True
 
 

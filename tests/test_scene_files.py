@@ -220,6 +220,10 @@ def test_a_finished_folder_is_kept(folder, capsys):
     assert capsys.readouterr().out == f"nothing to do: {folder} already holds these scenes\n"
     with pytest.raises(DataError, match="num_train 60 there, 61 asked"):
         make(folder, "--train", "61")
+    (folder / "names").rename(folder / "away")
+    with pytest.raises(DataError, match="drawn by an earlier version and has no names/"):
+        make(folder)
+    (folder / "away").rename(folder / "names")
     assert (folder / "manifest.json").stat().st_mtime_ns == before
 
 
