@@ -70,8 +70,9 @@ def _open(record: dict, size_of: SizeOf) -> _Imported:
 
 def _sound(record: dict) -> bool:
     """Whether the turns can be read at all; where not, the record goes on as it is, to the check that says why."""
-    turns = record.get("conversations")
-    return isinstance(turns, list) and all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns)
+    turns, names = record.get("conversations"), pictures_of(record)
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return named and isinstance(turns, list) and all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns)
 
 
 def _replace(text: str, start: re.Pattern, whole: re.Pattern, word: Callable[[re.Match], str], example: str) -> str:

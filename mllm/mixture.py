@@ -16,6 +16,7 @@ in every epoch, in every process and after a resume.
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from random import Random
 
@@ -51,7 +52,7 @@ class Source:
             raise DataError(f"{self.path}: weight and count are both given; drop one of the two")
         for name, kinds in (("weight", int | float), ("count", int)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or value <= 0):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < inf):
                 raise DataError(f"{self.path}: {name} is {value}; give a {'whole ' * (name == 'count')}number above 0")
 
     @property

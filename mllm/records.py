@@ -26,7 +26,10 @@ def read_records(path: str | Path, problems: list[str] | None = None) -> list[di
     if not path.is_file():
         raise DataError(f"conversation file {path} does not exist; check data in the recipe")
     found: list[str] = []
-    entries = _read_lines(path, found) if path.suffix == ".jsonl" else _read_list(path)
+    try:
+        entries = list(_read_lines(path, found) if path.suffix == ".jsonl" else _read_list(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text (byte {error.start}: {error.reason}); write it as UTF-8") from None
     records = []
     for where, record in entries:
         if not isinstance(record, dict):
@@ -46,7 +49,7 @@ def read_records(path: str | Path, problems: list[str] | None = None) -> list[di
 
 def _read_list(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        records = json.loads(path.read_text())
+        records = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); the file may be truncated") from error
     if not isinstance(records, list):
@@ -55,7 +58,7 @@ def _read_list(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, object]]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
@@ -112,8 +115,8 @@ def _turn_problems(record: dict) -> Iterator[str]:
         yield f"{where}: key 'conversations' is missing or empty; give a list of turns"
         return
     for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            yield f"{where}: conversations[{index}] lacks 'from' or a text 'value'; give both"
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+            yield f"{where}: conversations[{index}] lacks 'from' or 'value' as text; give both"
         elif turn["from"] not in ROLES:
             yield f"{where}: conversations[{index}].from is '{turn['from']}'; use human, gpt or system"
         elif turn["from"] != "human" and IMAGE in turn["value"]:
@@ -155,7 +158,7 @@ def picture_size(path: Path, sizes: Sizes) -> tuple[int, int]:
         return sizes[path]
     except FileNotFoundError:
         raise DataError(f"image {path} does not exist; check 'image' and the folder of images") from None
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         raise DataError(f"image {path} cannot be read as a picture; replace it or drop the record") from None
 
 
@@ -181,7 +184,7 @@ def _region_problems(record: dict) -> Iterator[str]:
     points = set()
     for index, value in enumerate(regions):
         picture = value.get("image_index", 0) if isinstance(value, dict) else 0
-        if picture not in range(len(sizes)):
+        if not isinstance(picture, int) or picture not in range(len(sizes)):
             yield f"{where}: regions[{index}].image_index is {picture}, but the record has {len(sizes)} pictures; count from 0"
             continue
         try:

@@ -62,6 +62,24 @@ def test_lines_of_a_file_are_all_named(run, world):
     )
 
 
+@pytest.mark.parametrize("importer", ["conversations", "llava"])
+def test_values_of_the_wrong_kind_are_problems_and_not_crashes(run, world, importer):
+    turns = record()["conversations"]
+    bad = [
+        record(conversations=[turns[0] | {"from": ["human"]}, turns[1]]),
+        record(regions=[{"box": [1, 2, 3, 4], "image_index": 0.0}]),
+        record(image=5),
+        record(image=[5]),
+    ]
+    (world / "bad.json").write_text(json.dumps(bad))
+    (world / "latin.json").write_bytes(json.dumps([record("caf\u00e9")], ensure_ascii=False).encode("latin-1"))
+    flags = "--images", world, "--importer", importer
+    status, printed = run(world / "bad.json", world / "latin.json", *flags)
+    assert status == 1 and printed[-1].startswith("0 good records, 5 problems")
+    said = ["from' or 'value' as text", "image_index is 0.0", "'image' is 5;", "'image' is [5];", "latin.json is no UTF-8 text"]
+    assert [text for text in said if not any(text in line for line in printed)] == []
+
+
 def test_a_mixture_is_checked_whole_whatever_its_weights(run, world):
     (world / "good.json").write_text(json.dumps([record(), record()]))
     (world / "llava.json").write_text(json.dumps([record("[0.1, 0.4, 0.2, 0.5]", id=4), record("[0.1, 0.9]", id=5)]))
