@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from encoder.costs import state_bytes
+from encoder.errors import DataError
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings
 from mllm.config import PARTS, MllmConfig
@@ -32,6 +33,8 @@ MARKS = "\u00ab", "\u00bb"  # around what is supervised
 
 def dry_run(config: MllmConfig, processes: int = 1) -> Path:
     """Prints all of it and returns the picture of the first batch, `OUTPUT/first_batch.png`. No weights are read."""
+    if processes < 1:
+        raise DataError(f"processes is {processes}; give 1 or more")
     mllm = outline(config)
     dataset = read_dataset(config, mllm, config.data)
     for line in (*parts(mllm.model), *memory(config, mllm.model, processes), *duration(config, dataset, processes)):

@@ -15,7 +15,7 @@ from encoder.errors import DataError
 from mllm import training
 from mllm.box_text import BoxCodec
 from mllm.config import MllmConfig
-from mllm.dry_run import duration, first_batch, memory, outline, readable
+from mllm.dry_run import dry_run, duration, first_batch, memory, outline, readable
 from mllm.model import build_mllm
 from mllm.records import read_records
 from mllm.training import read_dataset, train
@@ -121,3 +121,8 @@ def test_a_run_that_goes_on_from_an_adapter(world, tmp_path):
     config = MllmConfig(**recipe(world, model=str(tmp_path / "adapter"), output=str(tmp_path / "on"), train=["projector"]))
     told, real = (dict(mllm.model.named_parameters()) for mllm in (outline(config), build_mllm(config)))
     assert {name: value.shape for name, value in told.items()} == {name: value.shape for name, value in real.items()}
+
+
+def test_a_run_of_no_process_is_refused(world, tmp_path):
+    with pytest.raises(DataError, match="processes is 0; give 1 or more"):
+        dry_run(MllmConfig(**recipe(world, output=str(tmp_path))), processes=0)
