@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Callable
 
+# Of a path that the user gave: a file that is not there, a folder for a file, a file for a folder, one that may not be read.
+PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 
 class DataError(ValueError):
     """Input that cannot be used. Its message is one sentence: what was seen, where (file, line or key), what to do."""
@@ -12,7 +15,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Runs a script's `main`: user errors print as one `error: ...` line (exit 2), Ctrl-C as one line (exit 130)."""
     try:
         code = main()
-    except (DataError, FileNotFoundError) as error:
+    except (DataError, *PATH_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from dataset_fixtures import put, write_visual_genome
 from eval_fixtures import run, write_json, write_picture
 from PIL import Image
 
-from encoder.errors import DataError
+from encoder.errors import DataError, run_main
 from encoder.masks import decode_mask
 from eval import pope, reflvis, reflvis_records, visual_genome
 from eval.predictions import load_evaluation
@@ -216,3 +216,12 @@ def test_a_likelihood_ends_with_the_mark_that_ends_the_answer():
     for model.tokenizer.chat_template in ends:
         found += answer_likelihoods(model, rows)
     assert found[0] == found[1]
+
+
+def test_a_file_in_place_of_a_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    flags = ["reflvis.py", "--model", MLLM, "--data", put(tmp_path / "reflvis", "{}"), "--out", tmp_path / "run"]
+    monkeypatch.setattr("sys.argv", list(map(str, flags)))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(reflvis.main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and "records.jsonl" in said and said.count("\n") == 1
