@@ -199,8 +199,12 @@ def test_an_interruption_starts_nothing_more(monkeypatch, tmp_path):
         done.append(seed)
 
     monkeypatch.setattr(study, "run_variant", run_variant)
-    with pytest.raises(KeyboardInterrupt):
-        study.run_all(argparse.Namespace(out=tmp_path, variants=["cloc"], seeds=[0, 1, 2], parallel=1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study.run_all(argparse.Namespace(out=tmp_path, variants=["cloc"], seeds=[0, 1, 2], parallel=1))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done == [0]
 
 
