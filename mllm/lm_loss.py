@@ -17,7 +17,7 @@ from encoder.errors import DataError
 from mllm.conversation import IGNORE
 
 LARGE_VOCABULARY = 8192  # above it the matrix of all logits outgrows a language model's own activations
-BLOCK_LOGITS = 2**25  # of a block, as its tokens are chosen there: 128 MiB in float32
+BLOCK_LOGITS = 2**24  # of a block, as its tokens are chosen there: 64 MiB in float32
 
 
 @dataclass
