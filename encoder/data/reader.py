@@ -206,7 +206,7 @@ def _read_record(file: BinaryIO, shard: Shard, table: ShardTable, row: int) -> R
         with Image.open(Member(file, *offsets[:2].tolist())) as image:
             size = image.size
     except IMAGE_ERRORS as error:
-        raise _unreadable(where, name, error) from error
+        raise unreadable(where, name, error) from error
     return parse_sample(_part(file, offsets, 1), _part(file, offsets, 2), name, size, where)
 
 
@@ -223,9 +223,10 @@ def _read_sample(file: BinaryIO, shard: Shard, table: ShardTable, row: int) -> t
     except DataError:
         raise
     except IMAGE_ERRORS as error:
-        raise _unreadable(where, name, error) from error
+        raise unreadable(where, name, error) from error
 
 
-def _unreadable(where: str, name: str, error: Exception) -> DataError:
+def unreadable(where: str, name: str, error: Exception) -> DataError:
+    """What is said of an image that PIL cannot read."""
     # Not PIL's own words: they hold addresses, and a record that is met twice must count once.
     return DataError(f"{where}: image {name} cannot be read ({type(error).__name__}); replace it")

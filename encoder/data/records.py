@@ -55,7 +55,7 @@ def parse_sample(label: bytes | None, text: bytes | None, image: str, size: tupl
         alt_text = (text or b"").decode().strip()
     except UnicodeDecodeError as error:
         raise DataError(f"{where}.txt is not UTF-8 text ({error}); write it again") from error
-    fields = {} if label is None else _object(label, f"{where}.json")
+    fields = {} if label is None else parse_object(label, f"{where}.json")
     if not fields.keys() & {"image", "captions", "regions"}:
         caption = fields.get("caption")
         alt_text = alt_text or (caption.strip() if isinstance(caption, str) else "")
@@ -83,7 +83,7 @@ def parse_record(record: bytes | str | dict, where: str, alt_text: str = "") -> 
     alt_text: taken where the record itself has none
     """
     if not isinstance(record, dict):
-        record = _object(record, where)
+        record = parse_object(record, where)
     image = _text(record, "image", where)
     width, height = (_positive_integer(record, key, where) for key in ("width", "height"))
     alt_text = _text(record, "alt_text", where) if "alt_text" in record else alt_text
@@ -104,7 +104,7 @@ def parse_record(record: bytes | str | dict, where: str, alt_text: str = "") -> 
     return RegionRecord(image, width, height, captions, tuple(regions), alt_text)
 
 
-def _object(label: bytes | str, where: str) -> dict:
+def parse_object(label: bytes | str, where: str) -> dict:
     """The JSON object in `label`."""
     try:
         value = json.loads(label)

@@ -31,35 +31,62 @@ def key_of(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def read_table(file: BinaryIO, shard: Shard) -> ShardTable:
-    """The samples of the tar in `file`, by headers alone; `shard` names it in messages."""
-    rows, names, problems = [], [], []
+class TarSample(NamedTuple):
+    """What shares a key in a shard, in order. members: suffix in lower case ("jpg", "json") -> its header."""
 
-    def close(key: str, members: dict[str, tarfile.TarInfo]) -> None:
-        suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
-        labels = [members.get(suffix) for suffix in LABEL_SUFFIXES]
-        if not suffixes or not any(labels):
-            lacking = "a .json record or a .txt caption" if suffixes else f"an image ({', '.join(IMAGE_SUFFIXES)})"
-            problems.append(f"{shard}: sample {key} has only {', '.join(sorted(members))}; add {lacking}")
-            return
-        parts = [members[suffixes[0]], *labels]
-        rows.append([number for part in parts for number in ((part.offset_data, part.size) if part else (0, -1))])
-        names.append(parts[0].name)
+    key: str
+    members: dict[str, tarfile.TarInfo]
 
+    @property
+    def image(self) -> tarfile.TarInfo | None:
+        """The image's header; the first of `IMAGE_SUFFIXES` where there are several."""
+        return next((self.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
+
+
+def read_samples(file: BinaryIO, shard: Shard) -> Iterator[TarSample | DataError]:
+    """The samples of the tar in `file`, by headers alone, and a DataError for each member or archive that is broken; `shard`
+    names it in messages."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     key, members = None, {}
     for member in _members(shard, file, length):
         if isinstance(member, DataError):
-            problems.append(str(member))
+            yield member
             continue
         if key_of(member.name) != key:
             if members:
-                close(key, members)
+                yield TarSample(key, members)
             key, members = key_of(member.name), {}
         members[member.name.rpartition("/")[2].partition(".")[2].lower()] = member
     if members:
-        close(key, members)
+        yield TarSample(key, members)
+
+
+def without_image(sample: TarSample, shard: Shard) -> str:
+    """What is said of a sample that has no image."""
+    return _lacking(sample, shard, f"an image ({', '.join(IMAGE_SUFFIXES)})")
+
+
+def _lacking(sample: TarSample, shard: Shard, lacking: str) -> str:
+    return f"{shard}: sample {sample.key} has only {', '.join(sorted(sample.members))}; add {lacking}"
+
+
+def read_table(file: BinaryIO, shard: Shard) -> ShardTable:
+    """The samples of the tar in `file`, by headers alone; `shard` names it in messages."""
+    rows, names, problems = [], [], []
+    for sample in read_samples(file, shard):
+        if isinstance(sample, DataError):
+            problems.append(str(sample))
+            continue
+        labels = [sample.members.get(suffix) for suffix in LABEL_SUFFIXES]
+        if sample.image is None:
+            problems.append(without_image(sample, shard))
+        elif not any(labels):
+            problems.append(_lacking(sample, shard, "a .json record or a .txt caption"))
+        else:
+            parts = [sample.image, *labels]
+            rows.append([number for part in parts for number in ((part.offset_data, part.size) if part else (0, -1))])
+            names.append(sample.image.name)
     return ShardTable(np.array(rows, dtype=np.int64).reshape(-1, 6), np.array(names, dtype=str), np.array(problems, dtype=str))
 
 

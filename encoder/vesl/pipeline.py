@@ -1,0 +1,93 @@
+"""Labels a collection: stage after stage over all shards, so that one model is loaded at a time (arXiv 2410.02746, section 4).
+
+What is finished is skipped. The stages may run apart, on other days and machines; what they found lies in the output folder.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from encoder.data.shards import is_url
+from encoder.data.sources.shards import write_json
+from encoder.errors import DataError
+from encoder.vesl.inputs import Input, TarInput
+from encoder.vesl.stage_files import LabelFolder, whole_file
+from encoder.vesl.stages import LabelJob, Progress, Worker
+
+# An engine does one stage for some shards. It calls the third argument with what each loaded part says of itself, before any
+# work is done with it, and the fourth with shares of a shard as they are done.
+Engine = Callable[[LabelJob, str, list[Input], Callable[[dict[str, Any]], None], Progress], None]
+
+
+def run_here(job: LabelJob, stage: str, shards: list[Input], check: Callable[[dict[str, Any]], None], progress: Progress) -> None:
+    """The engine of a single process: one shard after the other."""
+    worker = Worker(job, stage)
+    check(worker.describe())
+    for shard in shards:
+        worker.run(shard, progress)
+
+
+def label(
+    job: LabelJob,
+    inputs: list[Input],
+    source: dict[str, Any],
+    stages: Sequence[str] | None = None,
+    engine: Engine = run_here,
+    redo: str | None = None,
+    progress: bool = True,
+) -> Counter:
+    """Runs the stages over the shards and returns the counts of all finished ones; `summary.json` holds them too.
+
+    inputs, source: as `open_input` gives them
+    stages: to run now, None: all
+    redo: a stage whose results, and those built on them, are removed first
+    Raises DataError where the output is of another input or of other settings, before any model is loaded, or where a model
+    is another one than that of earlier results.
+    """
+    for stage in [*(stages or ()), *([redo] if redo else ())]:
+        if stage not in job.stages:
+            raise DataError(f"there is no stage '{stage}' here; choose among {', '.join(job.stages)}")
+    wanted = [stage for stage in job.stages if stages is None or stage in stages]
+    settings = {stage: job.settings(stage) for stage in wanted}
+    folder = job.output
+    _keep_apart(folder, inputs)
+    with folder.locked():
+        if redo:
+            folder.redo(redo)
+        folder.claim(source, settings)
+        for stage in wanted:
+            left = [shard for shard in inputs if not folder.has(stage, shard.name)]
+            if not left:
+                continue
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} shards [{elapsed}<{remaining}]"
+            with tqdm(total=len(left), desc=stage, bar_format=form, disable=not progress) as bar:
+                engine(job, stage, left, lambda part, stage=stage: folder.record_part(stage, part), bar.update)
+        return _summary(folder, [shard.name for shard in inputs])
+
+
+def _keep_apart(folder: LabelFolder, inputs: list[Input]) -> None:
+    """DataError where a labelled shard would take the place of its input."""
+    for shard in inputs:
+        if (
+            isinstance(shard, TarInput)
+            and not is_url(shard.shard)
+            and Path(shard.shard).resolve() == folder.shard(shard.name).resolve()
+        ):
+            raise DataError(f"{folder.path} holds the input's own shards; give another output")
+
+
+def _summary(folder: LabelFolder, names: list[str]) -> Counter:
+    counts, problems = Counter(), []
+    for name in names:
+        if folder.is_finished(name):
+            stats = folder.read_stats(name)
+            counts["shards"] += 1
+            counts.update(stats["counts"])
+            problems += stats["problems"]
+    write_json(folder.path / "summary.json", {"shards_of_input": len(names), "counts": dict(sorted(counts.items()))})
+    with whole_file(folder.path / "problems.txt") as path:
+        path.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+    return counts
