@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from vesl_fixtures import (
+from labelling_fixtures import (
     ScriptedCaptioner,
     ScriptedDetector,
     contents,
