@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.8,<2.14"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[eval,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[eval,vesl,dev]"
 	touch $@
 
 quickstart: setup

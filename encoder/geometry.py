@@ -4,6 +4,8 @@ One object carries both directions, so that boxes, points and pixels cannot disa
 `pad`          the long side is resized to `size`, the rest is filled centred (CLOC's, arXiv 2410.02746 Table A)
 `squash`       both sides are resized to `size`, aspect ratio lost (Ferret's)
 `center_crop`  the short side is resized to `size` and the middle kept (CLIP's own); refuses boxes, since it cuts them
+`pad_corner`   filled with black at the right and the bottom to a square, which is then resized to `size`: OWLv2's, for
+               reading its boxes; no encoder of ours is trained with it
 """
 
 from dataclasses import dataclass
@@ -15,14 +17,15 @@ from torch import Tensor
 from encoder.boxes import clip_boxes
 from encoder.errors import DataError
 
-MODES = ("pad", "squash", "center_crop")
+MODES = ("pad", "squash", "center_crop")  # of an encoder or an MLLM
+DETECTOR_MODES = ("pad_corner",)
 
 
 @dataclass(frozen=True)
 class Geometry:
     """The transform of one image.
 
-    mode: one of `pad`, `squash`, `center_crop`
+    mode: one of `pad`, `squash`, `center_crop`, `pad_corner`
     width, height: the original image, pixels
     size: side of the model's square input, pixels
     """
@@ -33,7 +36,7 @@ class Geometry:
     size: int
 
     def __post_init__(self):
-        if self.mode not in MODES:
+        if self.mode not in (*MODES, *DETECTOR_MODES):
             raise DataError(f"geometry '{self.mode}' is not known; choose one of {', '.join(MODES)}")
         if min(self.width, self.height, self.size) <= 0:
             raise DataError(f"an image of {self.width}x{self.height} px cannot become {self.size} px; sizes must be positive")
@@ -43,13 +46,15 @@ class Geometry:
         """Width and height in pixels after the resize, before padding or cropping; never 0."""
         if self.mode == "squash":
             return self.size, self.size
-        side = max(self.width, self.height) if self.mode == "pad" else min(self.width, self.height)
+        side = min(self.width, self.height) if self.mode == "center_crop" else max(self.width, self.height)
         scale = self.size / side
         return max(1, round(self.width * scale)), max(1, round(self.height * scale))
 
     @property
     def offset(self) -> tuple[int, int]:
         """Where the resized image's corner lies in the square, pixels; negative when cropped."""
+        if self.mode == "pad_corner":
+            return 0, 0
         width, height = self.resized
         return (self.size - width) // 2, (self.size - height) // 2
 
@@ -60,6 +65,11 @@ class Geometry:
                 f"this geometry is of a {self.width}x{self.height} image, the image given is {image.size[0]}x{image.size[1]}"
             )
         image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+        if self.mode == "pad_corner":
+            side = max(self.width, self.height)
+            square = Image.new("RGB", (side, side))
+            square.paste(image)
+            return square.resize((self.size, self.size), Image.Resampling.BICUBIC)
         resized = image.resize(self.resized, Image.Resampling.BICUBIC)
         if self.mode == "squash":
             return resized
@@ -69,6 +79,8 @@ class Geometry:
         return square
 
     def _scale_offset(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mode == "pad_corner":  # padded before it is resized: both axes by the same factor, nothing rounded
+            return like.new_tensor([1, 1]) / max(self.width, self.height), like.new_zeros(2)
         (width, height), (left, top) = self.resized, self.offset
         scale = like.new_tensor([width / self.width, height / self.height]) / self.size
         return scale, like.new_tensor([left, top]) / self.size
