@@ -60,10 +60,10 @@ def draw_rows(count: int, scale: int, seed: int) -> list[TokenRow]:
     return rows
 
 
-def batches_of(rows: list[TokenRow], batch: int, grouped: bool, num_image_tokens: int, seed: int) -> list[list[TokenRow]]:
+def batches_of(rows: list[TokenRow], batch: int, grouped: bool, image_tokens: np.ndarray, seed: int) -> list[list[TokenRow]]:
     generator = torch.Generator().manual_seed(seed)
     if grouped:
-        order = get_length_grouped_indices([row.length(num_image_tokens) for row in rows], batch, generator=generator)
+        order = get_length_grouped_indices([row.length(image_tokens) for row in rows], batch, generator=generator)
     else:
         order = torch.randperm(len(rows), generator=generator).tolist()
     return [[rows[index] for index in order[start : start + batch]] for start in range(0, len(order), batch)]
@@ -78,7 +78,7 @@ def run(model, optimizer, batches: list, collate: Collator, device: torch.device
         batch = collate(rows)
         batch.pop("pixel_values")
         done += int((batch["labels"][:, 1:] != -100).sum())
-        real += sum(row.length(collate.num_image_tokens) for row in rows)
+        real += sum(row.length(collate.image_tokens) for row in rows)
         computed += batch["input_ids"].numel()
         model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss.backward()
         optimizer.step()
@@ -95,7 +95,7 @@ def _wait(device: torch.device) -> None:
 
 def compare(arguments: argparse.Namespace) -> dict:
     device = torch.device(arguments.device)
-    image_tokens, max_length = IMAGE_TOKENS // arguments.scale, MAX_LENGTH // arguments.scale
+    image_tokens, max_length = np.array([IMAGE_TOKENS // arguments.scale]), MAX_LENGTH // arguments.scale
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

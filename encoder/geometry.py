@@ -6,6 +6,7 @@ One object carries both directions, so that boxes, points and pixels cannot disa
 `center_crop`  the short side is resized to `size` and the middle kept (CLIP's own); refuses boxes, since it cuts them
 `pad_corner`   filled with black at the right and the bottom to a square, which is then resized to `size`: OWLv2's, for
                reading its boxes; no encoder of ours is trained with it
+`anyres`       as `squash`, of a picture that also enters an MLLM in tiles (LLaVA-NeXT's): boxes are of the whole picture
 """
 
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from encoder.errors import DataError
 
 MODES = ("pad", "squash", "center_crop")  # of an encoder or an MLLM
 DETECTOR_MODES = ("pad_corner",)
+ANYRES = "anyres"  # of an MLLM alone; `mllm.tiles` cuts the tiles
 
 
 @dataclass(frozen=True)
 class Geometry:
     """The transform of one image.
 
-    mode: one of `pad`, `squash`, `center_crop`, `pad_corner`
+    mode: one of `pad`, `squash`, `center_crop`, `pad_corner`, `anyres`
     width, height: the original image, pixels
     size: side of the model's square input, pixels
     """
@@ -36,15 +38,15 @@ class Geometry:
     size: int
 
     def __post_init__(self):
-        if self.mode not in (*MODES, *DETECTOR_MODES):
-            raise DataError(f"geometry '{self.mode}' is not known; choose one of {', '.join(MODES)}")
+        if self.mode not in (*MODES, *DETECTOR_MODES, ANYRES):
+            raise DataError(f"geometry '{self.mode}' is not known; choose one of {', '.join((*MODES, ANYRES))}")
         if min(self.width, self.height, self.size) <= 0:
             raise DataError(f"an image of {self.width}x{self.height} px cannot become {self.size} px; sizes must be positive")
 
     @property
     def resized(self) -> tuple[int, int]:
         """Width and height in pixels after the resize, before padding or cropping; never 0."""
-        if self.mode == "squash":
+        if self.mode in ("squash", ANYRES):
             return self.size, self.size
         side = min(self.width, self.height) if self.mode == "center_crop" else max(self.width, self.height)
         scale = self.size / side
@@ -71,7 +73,7 @@ class Geometry:
             square.paste(image)
             return square.resize((self.size, self.size), Image.Resampling.BICUBIC)
         resized = image.resize(self.resized, Image.Resampling.BICUBIC)
-        if self.mode == "squash":
+        if self.mode in ("squash", ANYRES):
             return resized
         mean_colour = resized.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
         square = Image.new("RGB", (self.size, self.size), mean_colour)

@@ -50,6 +50,8 @@ class MllmAnswerer:
             "image_size": settings.image.size,
             "feature_layer": settings.feature_layer,
         }
+        if settings.image.tile_grids:
+            self.record["tile_grids"] = [list(grid) for grid in settings.image.tile_grids]
         if settings.regions != COORDS:
             self.record["region_tokens"] = settings.regions
 

@@ -24,7 +24,8 @@ PEFT_PREFIX = "base_model.model."
 # What the base is rebuilt from; of a base folder the first alone.
 PATHS = ("model", "tower", "llm", "projector", "prompter")
 BASE_FIELDS = (
-    *PATHS, "feature_layer", "geometry", "codec", "template", "projector_type", "region_tokens", "seed"
+    *PATHS, "feature_layer", "geometry", "codec", "template", "projector_type", "region_tokens", "tile_grids",
+    "seed",
 )  # fmt: skip
 
 

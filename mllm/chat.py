@@ -200,7 +200,7 @@ class Talk:
         ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
             "input_ids"
         ]
-        mark, num_marks = ids.index(model.image_token_id), model.model.config.image_seq_length
+        mark, num_marks = ids.index(model.image_token_id), model.num_image_tokens(self._image)
         ids[mark : mark + 1] = [model.image_token_id] * num_marks
         limit = getattr(model.model.config.text_config, "max_position_embeddings", None)
         if limit is not None and len(ids) + max_new_tokens > limit:
@@ -222,7 +222,7 @@ class Talk:
         read, feed = ids[:shared], ids[shared:]
         more = self._region_features(feed)
         if not shared:
-            more["pixel_values"] = self._model._pixels([self._image])
+            more |= self._model.picture_inputs([self._image])
         for _ in range(max_new_tokens):
             self._read = []  # and so it stays if the run is broken off half way
             fed = torch.tensor([feed], device=device)

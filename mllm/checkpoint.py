@@ -1,4 +1,4 @@
-"""An MLLM on disk: a stock `llava` folder, and `grounding.json` beside it with what stock code does not know.
+"""An MLLM on disk: a stock `llava` or `llava_next` folder, and `grounding.json` beside it with what stock code does not know.
 
 Weights, configuration, tokenizer and image settings load in transformers without this package; with region tokens the folder
 is of a class of ours, `llava_regions`. `grounding.json` says how boxes are written and how a picture became the model's
@@ -15,12 +15,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from encoder.errors import DataError
+from encoder.geometry import ANYRES
 from encoder.pretrained import weights_hash
 from mllm.image_input import ImageInput
-from mllm.region_tokens import RegionLlavaForConditionalGeneration
+from mllm.region_tokens import RegionLlavaConfig
 from mllm.regions import COORDS, REGION_TOKENS
 from mllm.tokenizer import save_tokenizer
 
@@ -52,6 +53,13 @@ class MllmSettings:
     base: dict = field(default_factory=dict)
     llm_bits: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        """What config.json says of such an MLLM."""
+        if self.regions != COORDS:
+            return RegionLlavaConfig.model_type
+        return "llava_next" if self.image.mode == ANYRES else "llava"
 
     def write(self, folder: Path) -> None:
         values = {**vars(self), "image": self.image.as_dict()}
@@ -92,8 +100,7 @@ def load_mllm(
     # Loaded in the saved format first: the hash is of those bytes.
     arguments = {"dtype": saved_dtype, "attn_implementation": attention, "ignore_mismatched_sizes": True}
     try:
-        cls = LlavaForConditionalGeneration if settings.regions == COORDS else RegionLlavaForConditionalGeneration
-        model, info = cls.from_pretrained(folder, output_loading_info=True, **arguments)
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:  # no weights, or not whole
         reason = " ".join(str(error).split())
@@ -103,6 +110,11 @@ def load_mllm(
         raise DataError(
             f"{folder}: {len(wrong)} parameters are missing or of another size ({', '.join(wrong[:3])}); "
             "config.json and weights are not of one model, train the folder again"
+        )
+    if (found := model.config.model_type) != settings.model_type:
+        raise DataError(
+            f"{folder}: config.json is of a {found}, {SETTINGS_FILE} of a {settings.model_type}; they are not of one model, "
+            "train the folder again"
         )
     check_tower(folder, weights_hash(model.model.vision_tower), settings)
     return model.to(dtype).eval(), tokenizer, settings
@@ -185,11 +197,14 @@ def tower_hash(state: dict[str, Tensor]) -> str:
 
 
 def _write_image_settings(folder: Path, model: LlavaForConditionalGeneration, image: ImageInput) -> None:
-    """Stock processor files, the nearest that transformers has: its padding colour is the dataset's mean, not the picture's."""
+    """Stock processor files, the nearest that transformers has: with `pad` its padding colour is the dataset's mean, not the
+    picture's."""
     size = {"height": image.size, "width": image.size}
-    pad = image.mode == "pad"
+    tiles = image.mode == ANYRES
+    pad = image.mode == "pad" or tiles  # of LlavaNext's processor it is the number of tiles that is padded
+    kind = "LlavaNext" if tiles else "Llava" if pad else "CLIP"
     preprocessor = {
-        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
+        "image_processor_type": f"{kind}ImageProcessor",
         "do_pad": pad,
         "do_resize": True,
         "size": {"shortest_edge": image.size} if pad else size,
@@ -201,11 +216,13 @@ def _write_image_settings(folder: Path, model: LlavaForConditionalGeneration, im
         "image_std": list(image.std),
     }
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaNextProcessor" if tiles else "LlavaProcessor",
         "patch_size": model.config.vision_config.patch_size,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         "num_additional_image_tokens": int(model.config.vision_feature_select_strategy == "default"),
     }
+    if tiles:
+        preprocessor["image_grid_pinpoints"] = model.config.image_grid_pinpoints
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from encoder.arguments import build, read_recipe
 from encoder.errors import DataError
-from encoder.geometry import MODES
+from encoder.geometry import ANYRES, MODES
 from mllm.box_text import CODECS, DEFAULT_CODEC, BoxCodec
 from mllm.mixture import expand, sources_of
 from mllm.regions import COORDS, REGION_TOKENS
 from mllm.templates import TEMPLATES
+from mllm.tiles import read_grids
 
 PARTS = ("projector", "llm", "tower", "llm_lora", "tower_lora")
 PRESETS = ("nano",)
@@ -60,7 +61,10 @@ class MllmConfig:
         at Llama's 0.02 a small model from scratch never learned to read positions, at 0.5 it did
     feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; several stand side by
         side, as in Llava's vision_feature_layer; none takes the MLLM folder's, or -2
-    geometry: how a picture becomes the square input, pad or squash; none takes the tower's
+    geometry: how a picture becomes the square input, pad or squash, or anyres: squash, and tiles of it beside it
+        (LLaVA-NeXT's, a stock llava_next); none takes the tower's
+    tile_grids: with anyres, rows x columns of tiles that a picture may be cut into, such as 1x2 2x1; none named: LLaVA-NeXT's
+        1x2 2x1 2x2 3x1 1x3
     codec: how boxes are written: int1000, float2, float3 or loc_tokens (docs/training.md); none takes the MLLM folder's,
         or int1000
     region_tokens: how a region in a question enters beside its coordinates: coords (not at all: a stock Llava), prompter
@@ -132,6 +136,7 @@ class MllmConfig:
     embedding_std: float = 0.5
     feature_layer: int | list[int] | None = None
     geometry: str | None = None
+    tile_grids: list[str] = field(default_factory=list)
     codec: str | None = None
     region_tokens: str | None = None
     prompter: str | None = None
@@ -166,7 +171,7 @@ class MllmConfig:
     report_to: str = "tensorboard"
 
     def __post_init__(self):
-        for name in ("data", "train", "val_data", "tokenizer_data", "lora_targets"):
+        for name in ("data", "train", "val_data", "tokenizer_data", "lora_targets", "tile_grids"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         for name in ("data", "val_data", "tokenizer_data"):
@@ -182,7 +187,7 @@ class MllmConfig:
     def _check_words(self):
         words = {
             "llm_preset": PRESETS,
-            "geometry": MODES,
+            "geometry": (*MODES, ANYRES),
             "codec": CODECS,
             "region_tokens": REGION_TOKENS,
             "template": ("auto", *TEMPLATES),
@@ -242,7 +247,10 @@ class MllmConfig:
             if rate is not None and not self.trains & {part, f"{part}_lora"}:
                 raise DataError(f"{part}_learning_rate is given, but train lacks {part}; drop one or add the other")
         if self.geometry == "center_crop":
-            raise DataError("geometry 'center_crop' cuts boxes off; choose pad or squash")
+            raise DataError("geometry 'center_crop' cuts boxes off; choose pad, squash or anyres")
+        if self.tile_grids and not self.model and self.geometry != ANYRES:
+            raise DataError("tile_grids is given, but geometry is not anyres, so nothing would read it; set that, or drop it")
+        read_grids(self.tile_grids)
 
     def _check_adapters(self):
         for part in ("llm", "tower"):

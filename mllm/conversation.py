@@ -82,26 +82,27 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[dict]],
     names: list[str],
-    pictures: list[int],
-    num_image_tokens: int,
+    pictures: list[list[int]],
     max_length: int,
 ) -> list[tuple[np.ndarray, np.ndarray, bool]]:
     """Messages -> per conversation (input ids (L,) int32, True where the assistant speaks (L,), whether it was cut).
 
     names: what to call each conversation in an error (its file and id)
-    pictures: how many it has; each is one mark here and `num_image_tokens` tokens in the model
+    pictures: how many tokens each of its pictures has in the model; here each is one mark
     max_length: tokens, pictures' included, after which a conversation is cut; a picture is cut off whole
     """
     encoded = tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     mark = tokenizer.convert_tokens_to_ids(IMAGE)
     rows = []
-    for name, count, ids, mask in zip(names, pictures, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+    for name, lengths, ids, mask in zip(names, pictures, encoded["input_ids"], encoded["assistant_masks"], strict=True):
         is_mark = np.asarray(ids) == mark
-        if is_mark.sum() != count:
+        if is_mark.sum() != len(lengths):
             raise DataError(
-                f"{name} has {count} pictures, but the chat template writes {is_mark.sum()} {IMAGE} for it; choose another"
+                f"{name} has {len(lengths)} pictures, but the chat template writes {is_mark.sum()} {IMAGE} for it; choose another"
             )
-        fits = np.cumsum(np.where(is_mark, num_image_tokens, 1)) <= max_length
+        widths = np.ones(len(ids), int)
+        widths[is_mark] = lengths
+        fits = np.cumsum(widths) <= max_length
         limit, cut = int(fits.sum()), not fits.all()
         ids, mask = np.asarray(ids[:limit], np.int32), np.asarray(mask[:limit], bool)
         if not mask.any():

@@ -10,12 +10,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlavaForConditionalGeneration,
 )
 
 from encoder.costs import Cost, measure_cost
 from encoder.errors import DataError
+from encoder.geometry import ANYRES
 from encoder.pretrained import folder_kind, load_vision_tower
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import SETTINGS_FILE, MllmSettings
@@ -24,6 +26,7 @@ from mllm.features import tower_features
 from mllm.lora import add_lora, lora_config
 from mllm.model import first_layer, freeze, join, llava_config, nano_llm_config
 from mllm.region_tokens import RegionLlavaConfig, RegionLlavaForConditionalGeneration, add_region_tokens
+from mllm.tiles import read_grids
 from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token
 
 
@@ -38,9 +41,8 @@ def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
         if config.model:
             _read_json(Path(config.model) / "config.json")
             saved = AutoConfig.from_pretrained(config.model)
-            regions = isinstance(saved, RegionLlavaConfig)
-            model = (RegionLlavaForConditionalGeneration if regions else LlavaForConditionalGeneration)(saved)
-            if config.new_regions and not regions:
+            model = AutoModelForImageTextToText.from_config(saved)
+            if config.new_regions and not isinstance(saved, RegionLlavaConfig):
                 tokens = model.get_input_embeddings().num_embeddings
                 model.resize_token_embeddings(tokens + 1, pad_to_multiple_of=64, mean_resizing=False)
                 source = config.prompter or MllmSettings.read(config.model).tower_path
@@ -64,9 +66,12 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     tower = AutoModel.from_config(getattr(sizes, "vision_config", sizes))
     layer = first_layer(config, tower.config)
     codec = BoxCodec(config.codec)
+    grids = read_grids(config.tile_grids) if config.geometry == ANYRES else ()
     if config.llm_preset:
         sizes = nano_llm_config(config, config.vocab_size + len(codec.tokens) + config.new_regions)
-        return LlavaForConditionalGeneration(llava_config(tower, sizes, layer, PROJECTORS[config.projector_type]))
+        return AutoModelForImageTextToText.from_config(
+            llava_config(tower, sizes, layer, PROJECTORS[config.projector_type], grids), attn_implementation=config.attention
+        )
     _read_json(Path(config.llm) / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     add_image_token(tokenizer)
@@ -76,22 +81,26 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
     llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), attn_implementation=config.attention)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    return join(tower, llm, tokenizer, layer, PROJECTORS[config.projector_type])
+    return join(tower, llm, tokenizer, layer, PROJECTORS[config.projector_type], grids)
 
 
 def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:
-    """Per row of `max_length` tokens with one picture and, with region tokens, one region. `model` of `meta_mllm`."""
+    """Per row of `max_length` tokens with one picture and, with region tokens, one region. `model` of `meta_mllm`.
+
+    With `anyres` the picture is in as many tiles as may be.
+    """
     inner, sizes = model.model, model.config
     side, layer = sizes.vision_config.image_size, sizes.vision_feature_layer
+    num_squares = 1 + max((height * width // side**2 for height, width in getattr(sizes, "image_grid_pinpoints", ())), default=0)
 
     def loss_of() -> Tensor:
         if config.cache_features:
             width = inner.multi_modal_projector.linear_1.in_features
             features = torch.zeros(1, sizes.image_seq_length, width, dtype=model.dtype)
         else:
-            pixels = torch.zeros(1, 3, side, side, dtype=model.dtype)
+            pixels = torch.zeros(num_squares, 3, side, side, dtype=model.dtype)
             features = tower_features(inner.vision_tower, layer, pixels)[:, -sizes.image_seq_length :]
-        tokens = inner.multi_modal_projector(features)
+        tokens = inner.multi_modal_projector(features).flatten(0, 1)[None]
         regions = _region_token(model, config) if isinstance(sizes, RegionLlavaConfig) else tokens[:, :0]
         if config.max_length <= tokens.shape[1]:
             raise DataError(f"max_length {config.max_length} leaves no room beside {tokens.shape[1]} image tokens; raise it")

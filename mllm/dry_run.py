@@ -18,7 +18,7 @@ from mllm.conversation import IMAGE
 from mllm.costs import low_bit_bytes, meta_mllm, mllm_cost
 from mllm.data import ConversationDataset
 from mllm.image_input import read_picture
-from mllm.model import Mllm, check_rows, check_settings, first_settings, part_of, read_tokenizer
+from mllm.model import Mllm, check_rows, check_settings, check_tiles, first_settings, part_of, read_tokenizer
 from mllm.packing import TokenRow
 from mllm.preview import CELL, Sample, draw_sheet
 from mllm.regions import COORDS, Region
@@ -66,6 +66,7 @@ def outline(config: MllmConfig) -> Mllm:
     else:
         tokenizer, _ = read_tokenizer(config)
         settings = first_settings(config, tokenizer)
+    check_tiles(config, settings)
     return Mllm(model, tokenizer, settings)
 
 

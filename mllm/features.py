@@ -103,7 +103,7 @@ def _fill(tower, layer, dataset, features, batch_size, progress) -> None:
     gigabytes = features.size * 2 / 1e9
     for start in tqdm(starts, desc=f"tower features ({gigabytes:.1f} GB)", unit="batch", disable=not progress or rank() > 0):
         end = min(start + batch_size, len(features))
-        pixels = torch.stack([dataset.pixels(index) for index in range(start, end)]).to(device)
+        pixels = torch.cat([dataset.pixels(index) for index in range(start, end)]).to(device)
         hidden = tower_features(tower, layer, pixels.to(tower.dtype))
         if hidden.abs().max() > torch.finfo(torch.float16).max:
             raise DataError(f"the tower's features at layer {layer} leave float16's range; set cache_features to false")
@@ -123,7 +123,7 @@ def measure_features(model: LlavaForConditionalGeneration, dataset: Conversation
     count = len(dataset.image_files)
     index = torch.linspace(0, count - 1, min(num_pictures, count)).long().tolist()
     tower = model.model.vision_tower
-    pixels = torch.stack([dataset.pixels(i) for i in index]).to(tower.device, tower.dtype)
+    pixels = torch.cat([dataset.pixels(i) for i in index]).to(tower.device, tower.dtype)
     hidden = tower_features(tower, model.config.vision_feature_layer, pixels)
     return hidden[:, -dataset.num_image_tokens :].flatten(0, 1).float().clone()
 
@@ -136,5 +136,5 @@ def feature_collator(
     region_features: Tensor | None = None,
 ) -> Collator:
     """The collator that takes features from the cache; `region_features` of `mllm.region_features`, with region tokens."""
-    blank, tokens = torch.zeros_like(features[0]), dataset.num_image_tokens
-    return Collator(features.__getitem__, blank, image_token_id, pad_token_id, tokens, dataset.regions, region_features)
+    parts = torch.zeros_like(features[:1]), image_token_id, pad_token_id, dataset.image_tokens, dataset.regions
+    return Collator(lambda index: features[index : index + 1], *parts, region_features)

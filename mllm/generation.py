@@ -1,8 +1,9 @@
 """Asking an MLLM: pictures and questions in, words and boxes out, greedily and in batches.
 
 A prompt is a prefix that ends with the picture, the same for every question about it, and the question. Tower and language
-model run the prefix once for the questions of a batch on one picture; these go on from its keys and values. (B questions,
-I pictures, P tokens of the prefix, L of the longest question.)
+model run the prefix once for the questions of a batch on one picture; these go on from its keys and values. The questions of
+a batch have prefixes of one length: with geometry `anyres` pictures of different shape are asked about in different batches.
+(B questions, I pictures, P tokens of the prefix, L of the longest question.)
 """
 
 from pathlib import Path
@@ -66,16 +67,16 @@ class GroundingModel:
         ]
         # Questions on one picture lie side by side: few prefixes in a batch.
         first = {id(image): i for i, image in reversed(list(enumerate(images)))}
-        order = sorted(range(len(prompts)), key=lambda i: (prompts[i][0], first[id(images[i])], len(prompts[i][1]), i))
+        prefixes = [(prompts[i][0], self.num_image_tokens(image)) for i, image in enumerate(images)]
+        order = sorted(range(len(prompts)), key=lambda i: (prefixes[i], first[id(images[i])], len(prompts[i][1]), i))
         answers: list[str] = [""] * len(prompts)
         with tqdm(total=len(prompts), desc="answers", disable=not progress, unit="answer") as bar:
             while order:
-                prefix = prompts[order[0]][0]
-                rows = [i for i in order[:batch_size] if prompts[i][0] == prefix]
+                rows = [i for i in order[:batch_size] if prefixes[i] == prefixes[order[0]]]
                 order = order[len(rows) :]
                 of_rows = [images[i] for i in rows]
                 more = self.region_features([questions[i] for i in rows], of_rows, [regions[i] for i in rows])
-                texts = self._answer(prefix, [prompts[i][1] for i in rows], of_rows, max_new_tokens, more)
+                texts = self._answer(prompts[rows[0]][0], [prompts[i][1] for i in rows], of_rows, max_new_tokens, more)
                 for i, text in zip(rows, texts, strict=True):
                     answers[i] = text
                 bar.update(len(rows))
@@ -112,6 +113,10 @@ class GroundingModel:
         geometry = self.settings.image.geometry(*image.size)
         return question_with_boxes(question, regions, geometry, self.codec, self.region_token)
 
+    def num_image_tokens(self, image: Image.Image) -> int:
+        """How many tokens of the language model a picture becomes."""
+        return self.settings.image.num_tokens(*image.size, self.model.config.image_seq_length)
+
     def _prompt_ids(self, image: Image.Image, question: str, boxes: list[Box]) -> tuple[tuple[int, ...], list[int]]:
         """Tokens up to the picture's one mark, and those after it."""
         content = IMAGE + "\n" + self.question_text(image, question, boxes)
@@ -134,7 +139,7 @@ class GroundingModel:
                 table.add(as_region(given[index], f"question '{question}', region {index}", geometry), geometry, number)
         if not len(table):
             return {}
-        tower_output = inner.vision_tower(self._pixels([image for _, image in pictures.values()]))
+        tower_output = inner.vision_tower(**self.picture_inputs([image for _, image in pictures.values()]))
         index = torch.from_numpy(table.images).long().to(self.model.device)
         inputs = {name: value.to(self.model.device) for name, value in table.inputs(np.arange(len(table))).items()}
         tokens_BND = inner.last_tokens(tower_output.last_hidden_state)
@@ -149,14 +154,14 @@ class GroundingModel:
         regions: dict[str, torch.Tensor],
     ) -> list[str]:
         """Greedy decoding of questions with one prefix, each about its picture; `regions` of `region_features`."""
-        widened = [*prefix[:-1], *[self.image_token_id] * self.model.config.image_seq_length]
+        widened = [*prefix[:-1], *[self.image_token_id] * self.num_image_tokens(images[0])]
         longest = len(widened) + max(map(len, questions)) + max_new_tokens
         if attends_to_all(self.model.config.text_config, longest):
             ids_BL, mask_BL = self._padded([widened] * len(questions), questions)
             more = {"past_key_values": self._prefix_state(widened, images)}
         else:  # A window would count the padding, and forget the prefix: every question in a row of its own from the start.
             ids_BL, mask_BL = self._padded([[]] * len(questions), [widened + question for question in questions])
-            more = {"pixel_values": self._pixels(images)}
+            more = self.picture_inputs(images)
         device = self.model.device
         output = self.model.generate(
             input_ids=ids_BL.to(device),
@@ -171,15 +176,18 @@ class GroundingModel:
         new = output[:, ids_BL.shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
-    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        return self.settings.image.pixels(images).to(self.model.device, self.model.dtype)
+    def picture_inputs(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the model takes for pictures, on its device."""
+        inputs = self.settings.image.inputs(images)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def _prefix_state(self, widened: list[int], images: list[Image.Image]):
         """Keys and values of the prefix, a row a question; each distinct picture is run once."""
         distinct = {id(image): image for image in images}
         ids_IP = torch.tensor([widened] * len(distinct), device=self.model.device)
-        pixels = self._pixels(list(distinct.values()))
-        state = self.model.model(input_ids=ids_IP, pixel_values=pixels, use_cache=True).past_key_values
+        inputs = self.picture_inputs(list(distinct.values()))
+        state = self.model.model(input_ids=ids_IP, **inputs, use_cache=True).past_key_values
         if len(distinct) < len(images):
             place = {key: row for row, key in enumerate(distinct)}
             state.batch_select_indices(torch.tensor([place[id(image)] for image in images], device=self.model.device))

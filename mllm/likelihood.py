@@ -50,7 +50,7 @@ def _ids(model: GroundingModel, image: Image.Image, question: str, regions: list
             f"the chat template does not write the answer '{answer}' behind its prompt; likelihoods need that it does"
         )
     mark = whole.index(model.image_token_id)
-    image_length = model.model.config.image_seq_length
+    image_length = model.num_image_tokens(image)
     return [*whole[:mark], *[model.image_token_id] * image_length, *whole[mark + 1 :]], len(prompt) - 1 + image_length
 
 
@@ -62,9 +62,8 @@ def _batch(model: GroundingModel, tokens: list[tuple[list[int], int]], rows: lis
         ids_BL[row, : len(ids)], mask_BL[row, : len(ids)] = torch.tensor(ids), 1
     device = model.model.device
     images, questions, regions, _ = zip(*rows, strict=True)
-    pixels = model.settings.image.pixels(list(images)).to(device, model.model.dtype)
-    more = {"attention_mask": mask_BL.to(device), **model.region_features(questions, images, regions)}
-    logits_BLV = model.model(input_ids=ids_BL.to(device), pixel_values=pixels, **more).logits
+    more = model.picture_inputs(list(images)) | model.region_features(questions, images, regions)
+    logits_BLV = model.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), **more).logits
     values = []
     for row, (ids, start) in enumerate(tokens):
         log_V = logits_BLV[row, start - 1 : len(ids) - 1].float().log_softmax(-1)

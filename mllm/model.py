@@ -1,5 +1,9 @@
-"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava."""
+"""The MLLM assembled: any CLIP or SigLIP tower, a two-layer projector, any causal language model, as a stock Llava.
 
+With geometry `anyres` it is a stock LlavaNext: the same parts, and one learned vector more, which ends each row of patches.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +26,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from encoder.errors import DataError
+from encoder.geometry import ANYRES
 from encoder.pretrained import load_vision_tower, weights_hash
 from mllm.box_text import BoxCodec
 from mllm.checkpoint import MllmSettings, load_mllm
@@ -33,6 +40,7 @@ from mllm.records import texts_of
 from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens
 from mllm.regions import COORDS
 from mllm.templates import choose_template, end_token_ids
+from mllm.tiles import Grid
 from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token, fast_tokenizer, train_sentencepiece
 
 
@@ -63,6 +71,7 @@ def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     """What the recipe names: an MLLM folder to go on from, or a tower and a language model joined by a new projector."""
     mllm = _from_folder(config, dtype) if config.model else _from_parts(config, dtype)
     check_rows(config, mllm.model.config.text_config)
+    check_tiles(config, mllm.settings)
     if config.llm_bits:
         quantize(mllm.model.model.language_model, config.llm_bits, getattr(torch, config.save_dtype))
     if config.uses_lora:
@@ -78,6 +87,19 @@ def check_rows(config: MllmConfig, text_config: PreTrainedConfig) -> None:
         raise DataError(
             f"{config.joins_rows} is true, but tokens of the language model {config.model or config.llm} do not see all of a row "
             f"of {config.max_length} (sliding window or recurrent layers); leave {config.joins_rows} out, or lower max_length"
+        )
+
+
+def check_tiles(config: MllmConfig, settings: MllmSettings) -> None:
+    """Refuses what does not go with a picture in tiles."""
+    if settings.image.mode != ANYRES:
+        return
+    if config.cache_features:
+        raise DataError("cache_features keeps one square a picture, but geometry anyres has tiles of it too; set it to false")
+    if settings.regions != COORDS:
+        raise DataError(
+            f"region_tokens {settings.regions} reads a picture as one square, but geometry anyres has tiles; take coords, or "
+            "geometry pad or squash"
         )
 
 
@@ -100,13 +122,13 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     torch.manual_seed(config.seed)  # after the tower: two towers of one size then meet the same initial weights
     tokenizer, proto = read_tokenizer(config)
     llm = _nano_llm(config, tokenizer) if config.llm_preset else _load_llm(config, tokenizer, dtype)
-    model = join(tower, llm.to(dtype), tokenizer, layer, PROJECTORS[config.projector_type])
+    settings = first_settings(config, tokenizer)
+    model = join(tower, llm.to(dtype), tokenizer, layer, PROJECTORS[config.projector_type], settings.image.tile_grids)
     if config.projector:
         load_projector(model, config.projector)
     if config.new_regions:
         model = add_region_tokens(model, add_region_token(tokenizer), config.region_tokens, config.prompter or config.tower)
         kept_regions = config.projector is not None and load_region_projector(model, config.projector)
-    settings = first_settings(config, tokenizer)
     if len(ends := end_token_ids(tokenizer)) > 1:  # stock code stops where the template's answers do
         model.generation_config.eos_token_id = ends
     from_scratch = bool(config.llm_preset) and not config.projector
@@ -137,13 +159,14 @@ def check_settings(config: MllmConfig, settings: MllmSettings, projector_act: st
     pairs = {
         "feature_layer": settings.feature_layer,
         "geometry": settings.image.mode,
+        "tile_grids": [f"{rows}x{columns}" for rows, columns in settings.image.tile_grids],
         "codec": settings.codec,
         "projector_type": next(k for k, act in PROJECTORS.items() if act == projector_act),
         "region_tokens": settings.regions,
     }
     for name, saved in pairs.items():
         asked, turned_on = getattr(config, name), name == "region_tokens" and saved == COORDS
-        if asked is not None and asked != saved and not turned_on:
+        if asked not in (None, [], saved) and not turned_on:
             raise DataError(f"{name} is {asked}, but the MLLM {config.model} was trained with {saved}; drop {name}")
 
 
@@ -194,7 +217,7 @@ def first_settings(config: MllmConfig, tokenizer: PreTrainedTokenizerBase) -> Ml
     """Of an MLLM that starts from parts; gives the tokenizer its chat template."""
     return MllmSettings(
         codec=config.codec,
-        image=ImageInput.of_tower(config.tower, config.geometry),
+        image=ImageInput.of_tower(config.tower, config.geometry, config.tile_grids),
         feature_layer=DEFAULT_FEATURE_LAYER if config.feature_layer is None else config.feature_layer,
         template=choose_template(tokenizer, config.template),
         tower_path=str(config.tower),
@@ -248,10 +271,17 @@ def llava_config(
     text_config: PreTrainedConfig,
     feature_layer: int | list[int],
     projector_act: str = "gelu",
+    tile_grids: Sequence[Grid] = (),
     **token_ids: int,
-) -> LlavaConfig:
-    """The stock configuration of a Llava on this tower: its sizes, and whether its first token is no patch."""
-    return LlavaConfig(
+) -> LlavaConfig | LlavaNextConfig:
+    """The stock configuration of a Llava on this tower: its sizes, and whether its first token is no patch.
+
+    tile_grids: of `anyres`, which makes it a LlavaNext's
+    """
+    side = tower.config.image_size
+    tiles = {"image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in tile_grids]} if tile_grids else {}
+    return (LlavaNextConfig if tile_grids else LlavaConfig)(
+        **tiles,
         vision_config=tower.config,
         text_config=text_config,
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
@@ -269,18 +299,22 @@ def join(
     tokenizer: PreTrainedTokenizerBase,
     feature_layer: int | list[int],
     projector_act: str = "gelu",
-) -> LlavaForConditionalGeneration:
+    tile_grids: Sequence[Grid] = (),
+) -> LlavaForConditionalGeneration | LlavaNextForConditionalGeneration:
     """Tower and language model in a stock Llava with a new projector; their parameters are taken over, not copied."""
     ids = {"image_token_index": add_image_token(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = llava_config(tower, llm.config, feature_layer, projector_act, **ids)
+    config = llava_config(tower, llm.config, feature_layer, projector_act, tile_grids, **ids)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = (LlavaNextForConditionalGeneration if tile_grids else LlavaForConditionalGeneration)(config)
     model.model.vision_tower = tower
     model.model.language_model = llm.base_model
     model.lm_head = llm.get_output_embeddings()
     model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(next(llm.parameters()).dtype)
     if projector_act == "linear":
         make_identity(model.model.multi_modal_projector.linear_2)
+    if tile_grids:
+        width = llm.config.get_text_config().hidden_size
+        model.model.image_newline = nn.Parameter((torch.randn(width) / width**0.5).to(llm.dtype))  # as LLaVA-NeXT begins
     model.generation_config = llm.generation_config
     return model.eval()
 
@@ -288,9 +322,9 @@ def join(
 def part_of(name: str) -> str:
     """Which part a parameter belongs to: `tower`, `projector` or `llm`, and of LoRA layers `tower_lora` or `llm_lora`.
 
-    A Prompter goes with its tower, the projector of region tokens with the picture's.
+    A Prompter goes with its tower; the projector of region tokens and `image_newline` go with the picture's projector.
     """
-    if "multi_modal_projector." in name or "region_tokens.projector." in name:
+    if any(part in name for part in ("multi_modal_projector.", "region_tokens.projector.", "image_newline")):
         return "projector"
     tower = "vision_tower." in name or "region_tokens.prompter." in name
     return ("tower" if tower else "llm") + ("_lora" if is_lora(name) else "")

@@ -32,9 +32,9 @@ class TokenRow:
     images: tuple[int, ...]
     regions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
-    def length(self, num_image_tokens: int) -> int:
-        """Tokens with those of its pictures, which are one mark each here."""
-        return len(self.ids) + len(self.images) * (num_image_tokens - 1)
+    def length(self, image_tokens: Sequence[int]) -> int:
+        """Tokens with those of its pictures, which are one mark each here; image_tokens: of each picture, by its index."""
+        return len(self.ids) + sum(int(image_tokens[index]) - 1 for index in self.images)
 
 
 def own_row(ids: np.ndarray, supervised: np.ndarray, images: tuple[int, ...], regions: Sequence[int] = ()) -> TokenRow:
@@ -44,7 +44,11 @@ def own_row(ids: np.ndarray, supervised: np.ndarray, images: tuple[int, ...], re
 
 
 def share_pictures(
-    rows: list[TokenRow], image_token_id: int, num_image_tokens: int, max_length: int, region_token_id: int | None = None
+    rows: list[TokenRow],
+    image_token_id: int,
+    image_tokens: Sequence[int],
+    max_length: int,
+    region_token_id: int | None = None,
 ) -> list[TokenRow]:
     """Joins rows of one record that have pictures and prefix in common, up to `max_length` tokens, pictures included.
 
@@ -61,7 +65,7 @@ def share_pictures(
             continue
         key = row.images, row.ids[:start].tobytes()
         members = open_rows.get(key)
-        if members is None or members[0].length(num_image_tokens) + _branches(members[1:] + [row], start) > max_length:
+        if members is None or members[0].length(image_tokens) + _branches(members[1:] + [row], start) > max_length:
             members = open_rows[key] = []
             joint.append(members)
         members.append(row)
@@ -95,13 +99,13 @@ def _branch(members: list[TokenRow], image_token_id: int) -> TokenRow:
     )
 
 
-def pack_rows(rows: list[TokenRow], num_image_tokens: int, max_length: int) -> list[TokenRow]:
+def pack_rows(rows: list[TokenRow], image_tokens: Sequence[int], max_length: int) -> list[TokenRow]:
     """Lines rows up, whatever they are about, into rows of up to `max_length` tokens, pictures included.
 
     Best fit, longest first: each goes where it leaves the least room. A row keeps the order of its members, and rows that
     of their first ones.
     """
-    lengths = [row.length(num_image_tokens) for row in rows]
+    lengths = [row.length(image_tokens) for row in rows]
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # bins by the tokens that still fit
     rooms: list[int] = []  # its keys, sorted: at most max_length, however many bins there are

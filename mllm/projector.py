@@ -26,7 +26,8 @@ def make_identity(layer: nn.Linear) -> None:
 
 
 def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
-    """Copies the projector of another MLLM folder, or of LLaVA's `mm_projector.bin` or its folder."""
+    """Copies the projector of another MLLM folder, or of LLaVA's `mm_projector.bin` or its folder; `image_newline` too, where
+    both have one."""
     theirs, ours = read_projector(folder), _weights_below(folder, "multi_modal_projector.")
     found = theirs | ours
     if not found:
@@ -41,6 +42,9 @@ def load_projector(model: LlavaForConditionalGeneration, folder: str | Path) -> 
         kind = {act: name for name, act in PROJECTORS.items()}.get(act, act)
         raise DataError(f"the projector in {folder} is of projector_type {kind}; pass that, or leave projector out")
     fill_projector(model, found, folder)
+    newline = _weights_below(folder, "image_newline").get("")
+    if newline is not None and hasattr(model.model, "image_newline"):
+        model.model.image_newline.data.copy_(newline)
 
 
 def fill_projector(model: LlavaForConditionalGeneration, found: dict[str, Tensor], folder: str | Path) -> None:

@@ -30,7 +30,7 @@ def features_on(
         return regions, torch.zeros(0, model.model.region_tokens.projector.linear_1.in_features)
     inner, place = model.model, {picture: number for number, picture in enumerate(pictures.tolist())}
     tower = inner.vision_tower
-    pixels = torch.stack([dataset.pixels(picture) for picture in pictures.tolist()]).to(tower.device, tower.dtype)
+    pixels = torch.cat([dataset.pixels(picture)[:1] for picture in pictures.tolist()]).to(tower.device, tower.dtype)
     tokens = inner.last_tokens(tower(pixels).last_hidden_state)
     index = torch.tensor([place[picture] for picture in of_regions[regions].tolist()], device=tokens.device)
     inputs = {name: value.to(tokens.device) for name, value in dataset.regions.inputs(regions).items()}

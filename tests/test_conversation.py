@@ -69,7 +69,7 @@ def test_a_question_names_its_boxes_by_index_or_in_order():
 def test_the_mask_is_exactly_the_assistants_text_and_its_end(tokenizer, template):
     choose_template(tokenizer, template)
     messages = messages_of(RECORD, [GEOMETRY], BoxCodec())
-    ((ids, mask, cut),) = tokenize(tokenizer, [messages], ["a"], [1], 25, 256)
+    ((ids, mask, cut),) = tokenize(tokenizer, [messages], ["a"], [[25]], 256)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     spoken = [f"{text}\n" if template == "plain" else f" {text}</s>" for text in answers]
     assert tokenizer.decode(ids[mask]) == "".join(spoken) and not cut
@@ -81,7 +81,7 @@ def test_the_mask_is_exactly_the_assistants_text_and_its_end(tokenizer, template
 
 def test_a_prompt_is_the_beginning_of_the_training_text(tokenizer):
     messages = messages_of(RECORD, [GEOMETRY], BoxCodec())
-    ((ids, mask, _),) = tokenize(tokenizer, [messages[:2]], ["a"], [1], 25, 256)
+    ((ids, mask, _),) = tokenize(tokenizer, [messages[:2]], ["a"], [[25]], 256)
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     assert prompt == ids[: int(np.argmax(mask))].tolist()
 
@@ -101,15 +101,15 @@ def test_processors_lists_of_parts_are_understood(tokenizer):
 
 def test_a_sample_without_supervised_token_is_an_error_with_its_name(tokenizer):
     with pytest.raises(DataError, match="file.json, id 7 has no supervised token within 256"):
-        tokenize(tokenizer, [[{"role": "user", "content": "hi"}]], ["file.json, id 7"], [0], 25, 256)
+        tokenize(tokenizer, [[{"role": "user", "content": "hi"}]], ["file.json, id 7"], [[]], 256)
     messages = messages_of(RECORD, [GEOMETRY], BoxCodec())
     with pytest.raises(DataError, match="within 30 tokens"):  # the picture's 25 tokens count
-        tokenize(tokenizer, [messages], ["a"], [1], 25, 30)
+        tokenize(tokenizer, [messages], ["a"], [[25]], 30)
 
 
 def test_cutting_counts_the_pictures_tokens(tokenizer):
     messages = messages_of(RECORD, [GEOMETRY], BoxCodec())
-    ((ids, _, cut),) = tokenize(tokenizer, [messages], ["a"], [1], 25, 60)
+    ((ids, _, cut),) = tokenize(tokenizer, [messages], ["a"], [[25]], 60)
     assert cut and len(ids) - 1 + 25 == 60
 
 
@@ -144,8 +144,8 @@ def test_saved_and_loaded_it_is_the_same(proto, tokenizer, tmp_path, beside_a_mo
     again = AutoTokenizer.from_pretrained(tmp_path)
     messages = messages_of(RECORD, [GEOMETRY], BoxCodec())
     for one, two in zip(
-        tokenize(tokenizer, [messages], ["a"], [1], 25, 256)[0],
-        tokenize(again, [messages], ["a"], [1], 25, 256)[0],
+        tokenize(tokenizer, [messages], ["a"], [[25]], 256)[0],
+        tokenize(again, [messages], ["a"], [[25]], 256)[0],
         strict=True,
     ):
         assert np.array_equal(one, two)

@@ -82,7 +82,7 @@ def test_pictures_go_through_geometry(world):
     picture = read_picture(folder / "images" / dataset.image_files[0])
     square = np.asarray(Geometry("pad", *picture.size, 40).apply(picture), np.float64) / 255
     expected = (square - np.array(OPENAI_MEAN)) / np.array(OPENAI_STD)
-    np.testing.assert_allclose(dataset.pixels(0).permute(1, 2, 0), expected, atol=1e-5)
+    np.testing.assert_allclose(dataset.pixels(0)[0].permute(1, 2, 0), expected, atol=1e-5)
     assert no_picture(IMAGE).shape == (1, 3, 40, 40)
 
 

@@ -12,6 +12,7 @@ from encoder.errors import DataError
 from mllm.checkpoint import load_mllm
 from mllm.config import MllmConfig, load_config
 from mllm.model import build_mllm, freeze
+from mllm.tiles import GRIDS, read_grids
 from mllm.training import train
 
 RECIPES = Path("scripts/recipes")
@@ -30,6 +31,7 @@ LORA = FINETUNE | {
     "lora_targets": [],
     "group_by_length": True,
 }
+NEXT = {"max_length": 4096, "stage": 2}
 # LLaVA's scripts/v1_5 and Ferret's experiments/ferret_7b_train.sh, on 8 GPUs.
 PUBLISHED = {
     "llava15_7b_align": ALIGN | {"feature_layer": -2, "geometry": "pad", "projector_type": "mlp2x_gelu"},
@@ -40,6 +42,11 @@ PUBLISHED = {
     "llava15_7b_finetune_qlora": LORA | {"llm_bits": 4, "stage": 2},
     "ferret_7b_align": ALIGN | {"geometry": "squash", "projector_type": "linear", "codec": "int1000"},
     "ferret_7b_finetune": FINETUNE | {"train": ["projector", "llm"], "learning_rate": 2e-5, "epochs": 3},
+    # Open-LLaVA-NeXT's scripts/v1_6/train/7b, there on 32 GPUs.
+    "open_llava_next_7b_align": ALIGN | NEXT | {"feature_layer": -2, "geometry": "anyres", "projector_type": "mlp2x_gelu"},
+    "open_llava_next_7b_finetune": WHOLE
+    | NEXT
+    | {"train": ["projector", "llm", "tower"], "projector_learning_rate": 2e-5, "tower_learning_rate": 2e-6},
     "smollm2_135m": {"learning_rate": 5e-5, "projector_learning_rate": 5.12e-3},  # nanoVLM's rates
     **{name: {} for name in ("nano_align", "nano_balance", "nano_base", "nano_finetune")},  # ours
 }
@@ -67,6 +74,10 @@ def test_a_recipe_says_the_published_numbers(name):
             assert json.loads(Path(config.zero).read_text())["zero_optimization"]["stage"] == value
         else:
             assert getattr(config, field) == value, field
+
+
+def test_open_llava_nexts_grids_are_llava_nexts():
+    assert read_grids(read_recipe(RECIPES / "open_llava_next_7b_align.yaml", FIELDS)["tile_grids"]) == GRIDS
 
 
 def test_ferrets_mix_has_its_repeats():

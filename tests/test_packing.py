@@ -18,7 +18,7 @@ from mllm.model import build_mllm
 from mllm.packing import NO_TOKEN, TokenRow, attends_to_all, attention_of, own_row, pack_rows, share_pictures
 from mllm.training import train
 
-MARK, TOKENS = 7, 4
+MARK, TOKENS = 7, (4,) * 5
 
 
 def test_who_sees_whom():

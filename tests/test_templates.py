@@ -170,7 +170,7 @@ def test_labels_are_exactly_what_the_assistant_says_and_its_end(tokenizers, name
     """From character offsets alone: a token is supervised where it covers a character that the assistant says."""
     tokenizer, (whole, said, *_) = tokenizers[name], PUBLISHED[name]
     choose_template(tokenizer, name)
-    ((ids, mask, _),) = tokenize(tokenizer, [CHAT], ["a"], [1], 1, 500)
+    ((ids, mask, _),) = tokenize(tokenizer, [CHAT], ["a"], [[1]], 500)
     spoken, position = np.zeros(len(whole), bool), 0
     for part in said:
         position = whole.index(part, position)
