@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -154,7 +155,7 @@ def test_stages_apart_write_what_one_run_writes(collection, labelled, tmp_path):
         run(collection, tmp_path / "out", stages=["phrases"])
     run(collection, tmp_path / "apart", stages=["captions"])
     assert not list((tmp_path / "apart").glob("*.tar"))
-    run(collection, tmp_path / "apart", stages=["phrases", "detections"], captioner=Part(None, {}))  # no captioner is needed now
+    run(collection, tmp_path / "apart", stages=["phrases", "detections"], captioner=None)  # is not needed now
     run(collection, tmp_path / "apart", stages=["shards"])
     assert contents(tmp_path / "apart") == contents(labelled[0])
 
@@ -218,7 +219,7 @@ def test_other_weights_under_the_same_name_are_refused(collection, tmp_path):
 
 def test_baseline_phrases_come_from_the_alt_text(collection, tmp_path):
     write_tar(tmp_path / "in/x.tar", {"a.jpg": encoded(), "a.txt": b"one two three four", "b.jpg": encoded()})
-    counts = run(tmp_path / "in", tmp_path / "out", captioner=None, source="ngrams")
+    counts = run(tmp_path / "in", tmp_path / "out", from_alt_text=True, source="ngrams")
     assert counts == {"shards": 1, "records": 1, "regions": 1, "boxes_dropped": 1, "left_out_text": 1}
     record = records(tmp_path / "out")["a"]
     assert record["queries"] == ["one two"] and "captions" not in record and record["alt_text"] == "one two three four"
@@ -265,6 +266,12 @@ def test_texts_are_found_wherever_they_are():
     assert parse_texts(b'{"captions": ["re", " "], "alt_text": "found"}', b"beside", "x")[1:] == (("re",), "found")
 
 
+def test_a_run_killed_at_its_first_write_goes_on(collection, labelled, tmp_path):
+    (tmp_path / "manifest.json.partial").write_text('{"form')
+    run(collection, tmp_path)
+    assert contents(tmp_path) == contents(labelled[0])
+
+
 def test_killed_three_times_at_random_and_restarted_it_is_as_if_left_alone(collection, tmp_path):
     """The run is killed as a whole, without a chance to clean up, each time somewhere else."""
     context = multiprocessing.get_context("fork")  # the libraries are imported here already
@@ -285,10 +292,8 @@ def test_killed_three_times_at_random_and_restarted_it_is_as_if_left_alone(colle
         process.kill()
         process.join()
         if process.exitcode == 0:  # it was through before: begin again
-            contents_now = contents(tmp_path / "killed")
-            assert contents_now == contents(tmp_path / "alone")
-            for name in contents_now:
-                (tmp_path / "killed" / name).unlink()
+            assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
+            shutil.rmtree(tmp_path / "killed")
         else:
             assert process.exitcode == -signal.SIGKILL
             kills += 1

@@ -13,7 +13,7 @@ from PIL import Image
 from encoder.data.cache import ShardCache
 from encoder.data.reader import IMAGE_ERRORS, unreadable
 from encoder.data.records import parse_object
-from encoder.data.shards import Shard, find_shards, is_url
+from encoder.data.shards import Shard, find_sources, is_url
 from encoder.data.tars import IMAGE_SUFFIXES, read_samples, without_image
 from encoder.errors import DataError
 
@@ -149,7 +149,7 @@ def open_input(
 ) -> tuple[list[Input], dict[str, Any]]:
     """What a run labels, and what of it must stay the same for a run to go on.
 
-    source: shards as `find_shards` takes them, or a folder of images, searched through, in the order of their paths
+    source: shards as `find_sources` takes them, or a folder of images, searched through, in the order of their paths
     shard_size: images of a folder in a shard
     limit: samples to label, the first ones; None: all
     """
@@ -166,7 +166,7 @@ def open_input(
             for number, first in enumerate(firsts)
         ]
         return inputs, {"kind": "images", "shard_size": shard_size, "limit": limit, "images": len(files)}
-    shards = find_shards(source)
+    shards = [shard for each in find_sources(source) for shard in each.shards]
     inputs = [
         TarInput(shard, str(shard).rpartition("/")[2].removesuffix(".tar"), None, cache or ShardCache()) for shard in shards
     ]

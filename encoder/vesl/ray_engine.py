@@ -1,4 +1,4 @@
-"""The stages on a Ray cluster, or on several processes of one machine: an actor per worker, a shard at a time.
+"""The stages on a Ray cluster, or on several processes of one machine: actors that hold a model, tasks where there is none.
 
 Not Ray Data: its batches run across blocks, so that what a model is shown with an image would depend on the number of
 workers, and a restart would begin from the input. A shard per call keeps the batches of the in-process engine, and with them
@@ -7,23 +7,29 @@ its bytes, and its files of results are the checkpoints. All nodes must see inpu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from encoder.errors import DataError
 from encoder.vesl.inputs import Input
 from encoder.vesl.stages import LabelJob, Progress, Worker
 
+MODEL_STAGES = ("captions", "detections")
 RETRIES = 3  # of a shard whose actor or machine went away
 
 
 @dataclass(frozen=True)
 class RayEngine:
-    """workers: actors of a stage; cpus, gpus: that each of those asks Ray for; gpus None: one where a model runs and the
-    cluster has any. `RAY_ADDRESS` names a cluster; without it one is started on this machine."""
+    """workers: actors of a stage with a model, each with one of the cluster's GPUs where it has any; the other stages have one
+    for every CPU. cpus: that an actor with a model asks Ray for. `RAY_ADDRESS` names a cluster; without it one is started on
+    this machine."""
 
     workers: int
-    cpus: float = 1
-    gpus: float | None = None
+    cpus: int = 1
+
+    def __post_init__(self):
+        if min(self.workers, self.cpus) < 1:
+            raise DataError(f"workers is {self.workers} and cpus {self.cpus}; give at least 1")
 
     def __call__(
         self, job: LabelJob, stage: str, shards: list[Input], check: Callable[[dict[str, Any]], None], progress: Progress
@@ -32,25 +38,30 @@ class RayEngine:
         ray = _ray()
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False)
-        needs_model = stage in ("captions", "detections")
-        gpus = self.gpus if self.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
-        actor = ray.remote(Worker).options(
-            num_cpus=self.cpus, num_gpus=gpus if needs_model else 0, max_restarts=RETRIES, max_task_retries=RETRIES
-        )
-        actors = [actor.remote(job, stage) for _ in range(min(self.workers, len(shards)))]
+        there = ray.cluster_resources()
+        actors, number = [], min(self.workers if stage in MODEL_STAGES else int(there.get("CPU", 1)), len(shards))
         try:
-            for found in ray.get([each.describe.remote() for each in actors]):
-                check(found)
+            if stage in MODEL_STAGES:
+                actor = ray.remote(Worker).options(
+                    num_cpus=self.cpus, num_gpus=int(there.get("GPU", 0) > 0), max_restarts=RETRIES, max_task_retries=RETRIES
+                )
+                actors = [actor.remote(job, stage) for _ in range(number)]
+                starts = [each.run.remote for each in actors]
+                for found in ray.get([each.describe.remote() for each in actors]):
+                    check(found)
+            else:
+                starts = [partial(ray.remote(run_stage).options(num_cpus=1, max_retries=RETRIES).remote, job, stage)] * number
+                check(Worker(job, stage).describe())
             waiting, running = list(reversed(shards)), {}
-            for each in actors:
-                running[each.run.remote(waiting.pop())] = each
+            for start in starts:
+                running[start(waiting.pop())] = start
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
-                each = running.pop(done)
+                start = running.pop(done)
                 ray.get(done)
                 progress(1.0)
                 if waiting:
-                    running[each.run.remote(waiting.pop())] = each
+                    running[start(waiting.pop())] = start
         except ray.exceptions.RayTaskError as error:  # the worker's own error, not Ray's account of it
             if isinstance(error.cause, DataError):
                 raise error.cause from None
@@ -58,6 +69,11 @@ class RayEngine:
         finally:
             for each in actors:
                 ray.kill(each)
+
+
+def run_stage(job: LabelJob, stage: str, shard: Input) -> None:
+    """A stage without a model, for one shard."""
+    Worker(job, stage).run(shard)
 
 
 def _ray():

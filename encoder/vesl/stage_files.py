@@ -98,7 +98,8 @@ class LabelFolder:
         """How what is there was made; None in an empty folder. DataError where the folder is not ours."""
         path = self.path / "manifest.json"
         if not path.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            unfinished = path.with_name(path.name + ".partial")  # of a run that was killed at its very start
+            if self.path.is_dir() and any(found != unfinished for found in self.path.iterdir()):
                 raise DataError(f"{self.path} is not empty and has no manifest.json; give another output, or empty it")
             return None
         try:

@@ -50,8 +50,8 @@ KEPT_CAPTIONS = Part(None, {"captioner": "keep"})  # the input's own captions, o
 class LabelJob:
     """How a collection is labelled.
 
-    captioner: None: no captions are made, phrases come from the alt-text
-    phrases, detector: None where their stage does not run
+    captioner, phrases, detector: None where their stage does not run now
+    from_alt_text: no captions are made, phrases come from the alt-text
     source: who labelled it, as each region's `source`
     caption_batch, detection_batch: images in a batch
     decoders: threads that decode images
@@ -62,6 +62,7 @@ class LabelJob:
     captioner: Part | None
     phrases: Part | None
     detector: Part | None
+    from_alt_text: bool = False
     source: str = "vesl"
     caption_batch: int = 8
     detection_batch: int = 8
@@ -75,7 +76,7 @@ class LabelJob:
     @property
     def stages(self) -> list[str]:
         """Those that this job has, in order."""
-        return [stage for stage in STAGES if stage != "captions" or self.captioner]
+        return [stage for stage in STAGES if stage != "captions" or not self.from_alt_text]
 
     @property
     def parts(self) -> dict[str, Part | None]:
@@ -84,11 +85,11 @@ class LabelJob:
     def settings(self, stage: str) -> dict[str, Any]:
         """What the results of a stage depend on, but for the weights."""
         if stage == "shards":
-            return {"source": self.source, "captions": self.captioner is not None}
+            return {"source": self.source, "captions": not self.from_alt_text}
         if (part := self.parts[stage]) is None:
             raise DataError(f"the stage {stage} is to run, and nothing was given to run it; name its model or rule")
         batches = {"captions": {"batch": self.caption_batch}, "detections": {"batch": self.detection_batch}}
-        texts = {"phrases": {"of": "captions" if self.captioner else "alt_text"}}
+        texts = {"phrases": {"of": "alt_text" if self.from_alt_text else "captions"}}
         return part.settings | batches.get(stage, {}) | texts.get(stage, {})
 
 
@@ -164,7 +165,7 @@ class Worker:
     def _phrases(self, shard: OpenShard, sample: Sample, row: dict) -> dict:
         if "problem" in row:
             return row
-        if self.job.captioner:
+        if not self.job.from_alt_text:
             text = "".join(row["captions"][:1])
         else:
             try:
@@ -277,7 +278,7 @@ def _record(job: LabelJob, shard: OpenShard, sample: Sample, results: dict[str, 
     texts = shard.texts(sample)
     with Image.open(io.BytesIO(shard.image_bytes(sample))) as image:
         width, height = image.size
-    captions = results["captions"]["captions"] if job.captioner else []
+    captions = [] if job.from_alt_text else results["captions"]["captions"]
     if not captions and not texts.alt_text:
         raise DataError(f"{shard.where(sample)}: neither a caption nor an alt-text; give a .txt, or a captioner that answers")
     regions = [
