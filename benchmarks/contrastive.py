@@ -93,26 +93,32 @@ def measure(variant: str, regions: int, width: int, block_size: int, device: tor
     torch.save({"bytes": peak - before, "seconds": seconds, "cpu_seconds": cpu_seconds, **outcome}, results)
 
 
-def compare(arguments: argparse.Namespace) -> dict:
-    """Runs both variants in turn and sets them side by side."""
-    runs = {"full": [], "blocks": []}
+def run_in_turn(arguments: argparse.Namespace, variants: tuple[str, ...]) -> dict[str, list[dict]]:
+    """What `measure` wrote for each variant, `arguments.repeats` times."""
+    runs = {variant: [] for variant in variants}
+    flags = [f"--{key}={getattr(arguments, key)}" for key in ("regions", "width", "block_size", "device")]
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.repeats):
             for variant in runs:
                 results = Path(folder) / f"{variant}.pt"
-                flags = [
-                    f"--{key}={value}" for key, value in vars(arguments).items() if key in ("regions", "width", "block_size")
-                ]
-                child = [
-                    sys.executable,
-                    __file__,
-                    *flags,
-                    f"--device={arguments.device}",
-                    f"--child={variant}",
-                    f"--out={results}",
-                ]
+                child = [sys.executable, __file__, *flags, f"--child={variant}", f"--out={results}"]
                 subprocess.run(child, check=True)
                 runs[variant].append(torch.load(results))
+    return runs
+
+
+def show_blocks(arguments: argparse.Namespace) -> None:
+    """Memory and time of the blocks, without the matrix beside them."""
+    passes = run_in_turn(arguments, ("blocks",))["blocks"]
+    size, seconds = (statistics.median(run[key] for run in passes) for key in ("bytes", "seconds"))
+    computed = block_bytes(arguments.regions, arguments.width, 1, arguments.block_size)
+    print(f"{arguments.regions} regions, E = {arguments.width}, float32, blocks of {arguments.block_size}, {arguments.device}")
+    print(f"peak extra memory {size / 1e6:,.0f} MB (computed {computed / 1e6:,.0f}), loss and backward {seconds:.2f} s")
+
+
+def compare(arguments: argparse.Namespace) -> dict:
+    """Runs both variants in turn and sets them side by side."""
+    runs = run_in_turn(arguments, ("full", "blocks"))
     full, blocks = runs["full"][0], runs["blocks"][0]
     differences = {
         name: float((blocks[name] - full[name]).abs().max() / full[name].abs().max()) for name in ("loss", "a", "b", "s")
@@ -158,11 +164,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--blocks_only", action="store_true", help="where the full matrix has no room: the blocks' figures alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         sizes = arguments.regions, arguments.width, arguments.block_size
         return measure(arguments.child, *sizes, torch.device(arguments.device), arguments.out)
+    if arguments.blocks_only:
+        return show_blocks(arguments)
     report = compare(arguments)
     show(report)
     if arguments.out:
