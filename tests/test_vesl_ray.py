@@ -10,7 +10,7 @@ from encoder.errors import DataError
 from encoder.vesl.ray_engine import RayEngine
 from encoder.vesl.stages import Part
 
-ray = pytest.importorskip("ray", reason="ray is not installed; it comes with the extra vesl")
+ray = pytest.importorskip("ray", reason="ray is not installed; it comes with the extra ray")
 pytestmark = pytest.mark.timeout(900)  # minutes on a busy machine: every actor is a process that imports torch
 
 

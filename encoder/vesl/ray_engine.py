@@ -47,8 +47,10 @@ class RayEngine:
                 )
                 actors = [actor.remote(job, stage) for _ in range(number)]
                 starts = [each.run.remote for each in actors]
-                for found in ray.get([each.describe.remote() for each in actors]):
-                    check(found)
+                first, *others = ray.get([each.describe.remote() for each in actors])
+                if any(other != first for other in others):
+                    raise DataError(f"the workers have different models for {stage}; put the same files on all nodes")
+                check(first)
             else:
                 starts = [partial(ray.remote(run_stage).options(num_cpus=1, max_retries=RETRIES).remote, job, stage)] * number
                 check(Worker(job, stage).describe())
@@ -66,6 +68,11 @@ class RayEngine:
             if isinstance(error.cause, DataError):
                 raise error.cause from None
             raise
+        except ray.exceptions.RayActorError as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"a worker of {stage} died too often ({reason}); the same command goes on from what is done"
+            ) from error
         finally:
             for each in actors:
                 ray.kill(each)
@@ -80,5 +87,5 @@ def _ray():
     try:
         import ray
     except ImportError as error:
-        raise DataError("--engine ray needs Ray, which is not installed; pip install 'open-cloc[vesl]'") from error
+        raise DataError("--engine ray needs Ray, which is not installed; pip install 'open-cloc[ray]'") from error
     return ray
