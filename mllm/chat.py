@@ -4,7 +4,8 @@
     answer = chat.ask(picture, "Where is the bus?")              # answer.text, answer.boxes, answer.phrases
     answer = chat.ask(picture, "What is <region>?", [(4, 43, 24, 68)])
 
-Decoding is greedy; in float32 an answer does not depend on what else is in its batch.
+Decoding is greedy unless a stream or a talk is given a temperature; in float32 an answer does not depend on what else is in
+its batch.
 """
 
 import re
@@ -99,22 +100,29 @@ class GroundingChat:
         """One answer per picture and question, in their order; the same picture object for several questions is run once."""
         regions = [list(boxes) for boxes in regions] if regions is not None else None
         texts = self.model.generate(list(images), list(questions), regions, batch_size, max_new_tokens, progress)
-        return [self._answer(*item) for item in zip(texts, questions, images, strict=True)]
+        return [self.read(*item) for item in zip(texts, questions, images, strict=True)]
 
     def stream(
-        self, image: Image.Image, question: str, regions: Sequence[Box | dict] = (), max_new_tokens: int = MAX_NEW_TOKENS
+        self,
+        image: Image.Image,
+        question: str,
+        regions: Sequence[Box | dict] = (),
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
     ) -> Iterator[str | Answer]:
         """The pieces of the answer's text as they come, and at last the `Answer`, whose text they add up to.
 
-        Breaking off the iteration stops the model at once.
+        Breaking off the iteration stops the model at once. temperature: 0 is greedy; above, tokens are drawn with the logits
+        divided by it.
         """
-        return self.talk(image).stream(question, regions, max_new_tokens)
+        return self.talk(image).stream(question, regions, max_new_tokens, temperature)
 
     def talk(self, image: Image.Image) -> "Talk":
         """A conversation of several turns about one picture, which is read once."""
         return Talk(self, image)
 
-    def _answer(self, text: str, question: str, image: Image.Image) -> Answer:
+    def read(self, text: str, question: str, image: Image.Image) -> Answer:
+        """What was said to a question about a picture, or its beginning, as an `Answer`."""
         written, read, unread = self.model.codec.spans(text), [], []
         for (start, end), phrase in zip(written, phrases_of(text, written, question), strict=True):
             box, reason = self.model.decode_box(text[start:end], image.size)
@@ -151,15 +159,23 @@ def phrases_of(text: str, spans: Sequence[tuple[int, int]], question: str) -> li
     return phrases
 
 
+def next_token(logits_V: torch.Tensor, temperature: float) -> int:
+    """The likeliest token, or one drawn from softmax(logits / temperature)."""
+    if temperature <= 0:
+        return int(logits_V.argmax())
+    return int(torch.multinomial((logits_V.float() / temperature).softmax(-1), 1))
+
+
 class Talk:
     """Several turns about one picture. What was read before, the picture first of all, is kept and not read again.
 
+    chat, image: whose talk it is, and about which picture
     messages: the turns so far, {"role": user or assistant, "content": text with boxes as the model reads them}
     """
 
     def __init__(self, chat: GroundingChat, image: Image.Image):
         self.messages: list[dict[str, str]] = []
-        self._chat, self._model, self._image = chat, chat.model, image
+        self.chat, self.image, self._model = chat, image, chat.model
         self._asked: list[tuple[str, list]] = []  # questions and their regions
         self._read: list[int] = []  # tokens whose keys and values `_state` holds
         self._state = None
@@ -169,19 +185,31 @@ class Talk:
         *_, answer = self.stream(question, regions, max_new_tokens)
         return answer
 
+    def keep(self, turns: int) -> None:
+        """Only the first `turns` stay in the talk; the picture is not read again for what comes next."""
+        self.messages, self._asked = self.messages[: 2 * turns], self._asked[:turns]
+
+    def forget(self) -> None:
+        """Frees what was read; the turns stay, and the next one reads them and the picture again."""
+        self._read, self._state = [], None
+
     @torch.inference_mode()
     def stream(
-        self, question: str, regions: Sequence[Box | dict] = (), max_new_tokens: int = MAX_NEW_TOKENS
+        self,
+        question: str,
+        regions: Sequence[Box | dict] = (),
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
     ) -> Iterator[str | Answer]:
         """The next turn; as `GroundingChat.stream`. An answer that is broken off stays in the talk as far as it came."""
         model, tokenizer = self._model, self._model.tokenizer
-        content = model.question_text(self._image, question, list(regions))
+        content = model.question_text(self.image, question, list(regions))
         messages = [*self.messages, {"role": "user", "content": content if self.messages else f"{IMAGE}\n{content}"}]
         ids = self._prompt_ids(messages, max_new_tokens)
         self._asked.append((question, list(regions)))
         new, said, text = [], "", ""
         try:
-            for token in self._decode(ids, max_new_tokens):
+            for token in self._decode(ids, max_new_tokens, temperature):
                 new.append(token)
                 text = tokenizer.decode(new, skip_special_tokens=True).strip()
                 if text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a letter
@@ -192,7 +220,7 @@ class Talk:
             self.messages = [*messages, {"role": "assistant", "content": text}]
         if text != said:
             yield text[len(said) :]
-        yield self._chat._answer(text, question, self._image)
+        yield self.chat.read(text, question, self.image)
 
     def _prompt_ids(self, messages: list[dict[str, str]], max_new_tokens: int) -> list[int]:
         """Tokens of the whole talk up to the answer, the picture's mark widened."""
@@ -200,7 +228,7 @@ class Talk:
         ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
             "input_ids"
         ]
-        mark, num_marks = ids.index(model.image_token_id), model.num_image_tokens(self._image)
+        mark, num_marks = ids.index(model.image_token_id), model.num_image_tokens(self.image)
         ids[mark : mark + 1] = [model.image_token_id] * num_marks
         limit = getattr(model.model.config.text_config, "max_position_embeddings", None)
         if limit is not None and len(ids) + max_new_tokens > limit:
@@ -210,8 +238,8 @@ class Talk:
             )
         return ids
 
-    def _decode(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Greedy tokens after `ids`. Of these only what follows the part read before is run."""
+    def _decode(self, ids: list[int], max_new_tokens: int, temperature: float) -> Iterator[int]:
+        """Tokens after `ids`. Of these only what follows the part read before is run."""
         model, device = self._model.model, self._model.model.device
         shared = min(len(commonprefix([ids, self._read])), len(ids) - 1)  # the last one is run, for what comes next
         picture_end = len(ids) - ids[::-1].index(self._model.image_token_id)
@@ -222,14 +250,14 @@ class Talk:
         read, feed = ids[:shared], ids[shared:]
         more = self._region_features(feed)
         if not shared:
-            more |= self._model.picture_inputs([self._image])
+            more |= self._model.picture_inputs([self.image])
         for _ in range(max_new_tokens):
             self._read = []  # and so it stays if the run is broken off half way
             fed = torch.tensor([feed], device=device)
             out = model(input_ids=fed, past_key_values=self._state, use_cache=True, logits_to_keep=1, **more)
             self._state, more = out.past_key_values, {}
             self._read = read = read + feed
-            token = int(out.logits[0, -1].argmax())
+            token = next_token(out.logits[0, -1], temperature)
             if token in self._model.end_ids:
                 return
             yield token
@@ -242,5 +270,5 @@ class Talk:
         if not num_marks:
             return {}
         questions, regions = zip(*self._asked, strict=True)
-        found = model.region_features(list(questions), [self._image] * len(questions), list(regions))
+        found = model.region_features(list(questions), [self.image] * len(questions), list(regions))
         return {name: value[-num_marks:] for name, value in found.items()}

@@ -82,9 +82,9 @@ def test_boxes_are_in_pixels_with_the_words_they_belong_to(chat, asked):
             assert answer.text[start:end].startswith("[") and answer.text[start:end].endswith("]")
             found += 1
     assert found > 15
-    outside = chat._answer("[100, 000, 300, 100] and [900, 100, 100, 300]", "Where?", Image.new("RGB", (80, 40)))
+    outside = chat.read("[100, 000, 300, 100] and [900, 100, 100, 300]", "Where?", Image.new("RGB", (80, 40)))
     assert outside.boxes == outside.phrases == [] and len(outside.unread) == 2
-    mixed = chat._answer("A [900, 100, 100, 300] and [250, 375, 750, 625]", "Where is it?", Image.new("RGB", (80, 40)))
+    mixed = chat.read("A [900, 100, 100, 300] and [250, 375, 750, 625]", "Where is it?", Image.new("RGB", (80, 40)))
     assert (mixed.phrases, mixed.spans, len(mixed.unread)) == (["A"], [(27, 47)], 1)
     assert outside.unread[0].endswith("outside the picture") and "left edge" in outside.unread[1]
 
