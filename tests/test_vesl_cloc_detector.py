@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from encoder.boxes import box_iou
 from encoder.errors import DataError
 from encoder.model import ClocModel
 from encoder.predictor import RegionPredictor
-from encoder.vesl.cloc_detector import ClocDetector
+from encoder.vesl import cloc_detector
+from encoder.vesl.cloc_detector import ClocDetector, windows
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,30 @@ def test_what_lies_in_a_box_names_it(tiny_model, tiny_processor, pictures, monke
     assert detector.detect(pictures[:1], [["green tower"]]) == [[]]
 
 
+def test_windows_are_scored_as_the_predictor_scores_boxes(tiny_model, tiny_processor, pictures, monkeypatch):
+    monkeypatch.setattr(cloc_detector, "PROMPTS_AT_ONCE", 100)  # several parts, which do not end with an image
+    detector = ClocDetector(tiny_model, tiny_processor, min_score=-1, nms_iou=0.6, proposals="windows")
+    predictor = RegionPredictor(tiny_model, tiny_processor)
+    for picture, phrases, found in zip(pictures, PHRASES, detector.detect(pictures, PHRASES), strict=True):
+        predictor.set_image(picture)
+        boxes = torch.tensor([detection.box for detection in found])
+        index, cosines = predictor.classify_boxes(boxes, phrases)
+        assert [detection.phrase for detection in found] == [phrases[best] for best in index.tolist()]
+        torch.testing.assert_close(torch.tensor([d.score for d in found]), cosines.amax(1), rtol=0, atol=1e-4)
+        overlap = box_iou(boxes, boxes).fill_diagonal_(0)
+        assert len(found) > 20 and overlap.max() <= 0.6
+
+
+def test_windows_leave_no_object_out():
+    """A box of any place, a quarter of the square or larger and at most twice as long as wide, has a window of IoU 0.5."""
+    boxes, generator = windows(), torch.Generator().manual_seed(0)
+    assert boxes.min() >= 0 and boxes.max() <= 1 and len(boxes) < 1000
+    size = 0.25 + 0.75 * torch.rand(2000, 2, generator=generator)
+    size = size[size.amax(1) <= 2 * size.amin(1)]
+    corner = torch.rand(len(size), 2, generator=generator) * (1 - size)
+    assert box_iou(torch.cat([corner, corner + size], dim=1), boxes).amax(1).min() > 0.5
+
+
 def test_from_a_folder_and_without_phrases(tiny_folder, pictures):
     detector = ClocDetector.from_pretrained(tiny_folder, min_score=0)
     assert detector.detect(pictures, [[], [], []]) == [[], [], []]
@@ -75,5 +101,7 @@ def test_models_without_a_box_head_are_one_sentence(tiny_model, tiny_processor):
     config = tiny_model.config.to_dict() | {"region_encoder": "roi_align"}
     with pytest.raises(DataError, match="is a ClocModel that finds no boxes; give a CLOC with a Prompter"):
         ClocDetector(ClocModel(type(tiny_model.config)(**config)), tiny_processor)
+    with pytest.raises(DataError, match="proposals is 'grid'; choose one of text, windows"):
+        ClocDetector(tiny_model, tiny_processor, proposals="grid")
     with pytest.raises(DataError, match="some/clip is a CLIPModel that finds no boxes"):
         ClocDetector(CLIPModel(tiny_model.config), tiny_processor, checkpoint="some/clip")
