@@ -113,7 +113,7 @@ def test_a_cloc_labels_and_so_does_the_baseline(region_shards, models, tiny_fold
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(region_shards, tmp_path, monkeypatch, flags, sentence):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=sentence) as error:
         main(monkeypatch, region_shards, tmp_path / "out", *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "out/stages").exists()

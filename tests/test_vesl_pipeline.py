@@ -103,6 +103,9 @@ def test_a_folder_of_images_becomes_shards(tmp_path):
     assert [found[key]["file"] for key in sorted(found)] == ["a/one.jpg", "b/two.png", "three.JPEG"]
     assert found["000000000"]["alt_text"] == "the first" and "alt_text" not in found["000000001"]
     assert len(RegionDataset(tmp_path / "out", progress=False)) == 3
+    (pictures / "three.JPEG").rename(pictures / "0.jpg")  # numbers would belong to other images now
+    with pytest.raises(DataError, match="made of another input .names: "):
+        run(pictures, tmp_path / "out", shard_size=2)
 
 
 def test_bad_samples_are_counted_named_and_left_out(tmp_path):

@@ -1,5 +1,6 @@
 """What a labelling run reads: the samples of WebDataset shards, or of a folder of images cut into shards, byte for byte."""
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -165,7 +166,8 @@ def open_input(
             FolderInput(folder, f"{number:05d}", first, tuple(files[first : first + shard_size]))
             for number, first in enumerate(firsts)
         ]
-        return inputs, {"kind": "images", "shard_size": shard_size, "limit": limit, "images": len(files)}
+        digest = hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return inputs, {"kind": "images", "shard_size": shard_size, "limit": limit, "images": len(files), "names": digest}
     shards = [shard for each in find_sources(source) for shard in each.shards]
     inputs = [
         TarInput(shard, str(shard).rpartition("/")[2].removesuffix(".tar"), None, cache or ShardCache()) for shard in shards

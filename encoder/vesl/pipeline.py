@@ -89,5 +89,5 @@ def _summary(folder: LabelFolder, names: list[str]) -> Counter:
             problems += stats["problems"]
     write_json(folder.path / "summary.json", {"shards_of_input": len(names), "counts": dict(sorted(counts.items()))})
     with whole_file(folder.path / "problems.txt") as path:
-        path.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+        path.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8", errors="backslashreplace")
     return counts
