@@ -193,6 +193,7 @@ class Models:
             self._picture = picture
         return self.predictor
 
+    @torch.no_grad()
     def rank(self, picture: Image.Image | None, boxes: Sequence, labels: Sequence[str]) -> list[list[tuple[str, float, float]]]:
         """For each box (xyxy, pixels) the labels, best first, each with its cosine and its share of the softmax over them."""
         labels = checked_labels(labels)

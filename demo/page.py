@@ -112,7 +112,7 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
 
     with gr.Blocks(title="Open CLOC", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(TITLE, elem_id="title")
-        banner = gr.HTML(alert)  # a function: every visitor sees how things are now
+        banner = gr.HTML(alert(), elem_id="alert")
         state, (_, shown, said, line, text) = gr.State(first, time_to_live=3600), view(first)
         with gr.Row():
             with gr.Column(scale=3 if len(names) > 1 else 1, min_width=320):
@@ -126,7 +126,6 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
                 status = gr.HTML(line, elem_id="status")
                 with gr.Row():
                     undo_mark, save_png = (gr.Button(name, size="sm", min_width=80) for name in ("Undo mark", "Save picture"))
-                picture, gallery = _pictures(examples)
             with gr.Column(scale=2 if len(names) > 1 else 1, min_width=320), gr.Tabs():
                 with gr.Tab("Chat"):
                     plain = {"latex_delimiters": [], "buttons": [], "placeholder": "Answers come here."}
@@ -137,7 +136,7 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
                         send = gr.Button("Ask", variant="primary", min_width=80)
                     with gr.Row():
                         names_of = ("Stop", "Undo", "Clear", "Save chat")
-                        stop, undo, clear, save_json = (gr.Button(name, size="sm", min_width=80) for name in names_of)
+                        stop, undo, clear, save_json = (gr.Button(name, size="sm", min_width=60) for name in names_of)
                     with gr.Accordion("Settings", open=False):
                         temperature = gr.Slider(
                             0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word each time."
@@ -158,10 +157,12 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
                     phrase = gr.Textbox(label="A phrase", placeholder="the red bus", max_length=MAX_QUESTION, elem_id="phrase")
                     find = gr.Button("Find its box", variant="primary")
                     found = gr.HTML(elem_id="found")
+        picture, gallery = _pictures(examples)
         file = gr.JSON(visible=False)
         outputs = [state, board, chat, status, question]
         private = {"api_visibility": "private", "show_progress": "hidden"}
         shown_by = {"outputs": outputs, **private}
+        page.load(alert, None, [banner], **private)  # every visitor sees how things are now
         picture.input(on_picture, [state, picture], [*outputs, picture], **private)
         board.mark(on_mark, [state, question], **shown_by)
         board.mention(on_mention, [question], [question], **private)
@@ -182,10 +183,13 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
 
 def _pictures(examples: list[Example]) -> tuple[gr.Image, gr.Gallery]:
     """Where a picture comes in: by upload, paste or camera, or as one of the examples."""
-    gr.Markdown("Another picture: one of these, or your own.")
+    gr.Markdown("Another picture: one of these, or your own, which may be dropped or pasted anywhere.")
     small = [example.image.resize((3 * example.image.width, 3 * example.image.height)) for example in examples]
-    gallery = gr.Gallery(small, show_label=False, columns=4, height="auto", allow_preview=False, buttons=[], elem_id="examples")
-    picture = gr.Image(sources=["upload", "clipboard", "webcam"], show_label=False, height=170, elem_id="picture", buttons=[])
+    plain = {"show_label": False, "buttons": []}
+    with gr.Row():
+        gallery = gr.Gallery(small, columns=4, height="auto", allow_preview=False, elem_id="examples", min_width=320, **plain)
+        sources = ["upload", "clipboard", "webcam"]
+        picture = gr.Image(sources=sources, height=170, elem_id="picture", min_width=320, **plain)
     # Gradio would decode an upload itself and fail in its own words; its check of where the file lies stays.
     picture.preprocess = lambda payload: payload and payload.path
     return picture, gallery
