@@ -22,6 +22,7 @@ from encoder.model import ClocModel
 from encoder.pretrained import WHOLE, folder_kind, load_processor, load_strict, stock_config
 from encoder.pretraining_config import PretrainConfig
 from encoder.processor import ClocImageProcessor, ClocProcessor
+from encoder.prompter import Prompter
 from encoder.siglip import ClocSiglipModel
 from encoder.tokenizer import train_text_tokenizer
 
@@ -75,7 +76,7 @@ def make_model(
     if config.init:
         kind = folder_kind(config.init)
         if kind.startswith("cloc"):
-            model = load_strict(WHOLE[kind], config.init, BIASES if new_biases else (), dtype=torch.float32, **given)
+            model = _load_cloc(kind, config.init, BIASES if new_biases else (), given)
         else:
             model = from_clip(config.init, **given)
         processor = load_processor(config.init)
@@ -97,6 +98,30 @@ def make_model(
             f"first step would cut it; pass --max_logit_scale {math.ceil(1.2 * highest)}"
         )
     return model, processor
+
+
+def _load_cloc(kind: str, folder: str, may_miss: tuple[str, ...], given: dict[str, Any]) -> ClocModel | ClocSiglipModel:
+    """A CLOC's folder with fields of its configuration replaced; of one Prompter become two where they shall be apart."""
+    cls = WHOLE[kind]
+    shared = cls.config_class.from_pretrained(folder).prompter_shared
+    asked = given.get("prompter_shared", shared)
+    if asked and not shared:
+        raise DataError(f"{folder} has a Prompter of its own for texts, which prompter_shared true would drop; pass false")
+    model = load_strict(cls, folder, may_miss, dtype=torch.float32, **given | {"prompter_shared": shared})
+    if asked != shared:
+        part_prompters(model)
+        if rank() == 0:
+            print(f"{folder} has one Prompter for boxes and texts: both of prompter_shared false start from it", flush=True)
+    return model
+
+
+def part_prompters(model: ClocModel | ClocSiglipModel) -> None:
+    """Gives texts a Prompter of their own, equal to the one that they shared with boxes: the model's outputs stay the same."""
+    state = model.prompter.state_dict()
+    model.config.prompter_shared = False
+    model.text_prompter = Prompter(model.config, boxes=False)
+    model.text_prompter.load_state_dict({name: state[name] for name in model.text_prompter.state_dict()})
+    model.prompter.text_input = None
 
 
 def own_tokenizer(config: PretrainConfig, dataset: RegionDataset, max_length: int) -> PreTrainedTokenizerBase:

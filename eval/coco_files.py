@@ -13,6 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from encoder.boxes import valid_boxes, xywh_to_xyxy
+from encoder.data.sources.labelled import plain_name
 from encoder.errors import DataError
 
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # LVIS: in up to 10, up to 100, more training images
@@ -85,10 +86,10 @@ def read_instances(path: Path) -> Instances:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not JSON ({error}); write or download it again") from None
     try:
-        images = {row["id"]: (_file_name(row), row["width"], row["height"]) for row in content["images"]}
+        images = {row["id"]: (_file_name(row, path), row["width"], row["height"]) for row in content["images"]}
         categories = {row["id"]: row["name"] for row in content["categories"]}
         sorts = {row["id"]: _sort(row) for row in content["categories"]}
-        rows = [annotation for row in content["annotations"] for annotation in _annotations(row)]
+        rows = [annotation for row in content["annotations"] for annotation in _annotations(row, path)]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a COCO instances file ({error!r}); see cocodataset.org/#format-data") from None
     annotations = {row.id: row for row in rows}
@@ -107,15 +108,16 @@ def read_instances(path: Path) -> Instances:
     return Instances(path, images, categories, annotations, sorts)
 
 
-def _file_name(row: dict) -> str:
+def _file_name(row: dict, path: Path) -> str:
     """Path of an image below the folder of images.
 
     LVIS names a URL, whose last folder counts (it draws on COCO's train2017 and val2017); Objects365 puts
     `images/v1/` or `images/v2/` before the `patchN` folders that it is delivered in.
     """
+    where = f"{path}: image {row['id']}"
     if "file_name" not in row:
-        return "/".join(row["coco_url"].split("/")[-2:])
-    return re.sub(r"^images/v[12]/(?=patch\d+/)", "", row["file_name"])
+        return plain_name("/".join(row["coco_url"].split("/")[-2:]), where)
+    return re.sub(r"^images/v[12]/(?=patch\d+/)", "", plain_name(row["file_name"], where))
 
 
 def _sort(category: dict) -> str:
@@ -124,11 +126,12 @@ def _sort(category: dict) -> str:
     return FREQUENCIES.get(category.get("frequency"), "")
 
 
-def _annotations(row: dict) -> list[Annotation]:
+def _annotations(row: dict, path: Path) -> list[Annotation]:
     """An instance, or all segments of a panoptic image."""
     if "segments_info" not in row:
         box, crowd, outline = tuple(row["bbox"]), bool(row.get("iscrowd", 0)), row.get("segmentation")
         return [Annotation(row["id"], row["image_id"], row["category_id"], box, crowd, outline or None)]
+    png = plain_name(row["file_name"], f"{path}: annotation of image {row['image_id']}")
     return [
         Annotation(
             f"{row['image_id']}-{segment['id']}",
@@ -136,7 +139,7 @@ def _annotations(row: dict) -> list[Annotation]:
             segment["category_id"],
             tuple(segment["bbox"]),
             bool(segment.get("iscrowd", 0)),
-            (row["file_name"], segment["id"]),
+            (png, segment["id"]),
         )
         for segment in row["segments_info"]
     ]

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from encoder.errors import DataError, run_main
 from encoder.geometry import Geometry
+from eval.json_lines import json_lines
 from eval.judge import Judge
 from eval.predictions import Prediction, Target, load_evaluation, write_whole
-from eval.runner import Part, benchmark_parser, image_folder, json_lines, needs_words, picture_size, run_benchmark
+from eval.runner import Part, benchmark_parser, image_folder, needs_words, picture_size, run_benchmark
 from mllm.box_text import BoxCodec
 
 # Category -> its folder, by both of the names it has had.

@@ -11,8 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from encoder.errors import DataError, run_main
+from eval.json_lines import json_lines
 from eval.predictions import Target
-from eval.runner import Part, benchmark_parser, image_folder, json_lines, needs_words, picture_size, run_benchmark
+from eval.runner import Part, benchmark_parser, image_folder, needs_words, picture_size, run_benchmark
 
 # Questions per file; the first release of `random` has fewer.
 PUBLISHED = {"random": (3000, 2910), "popular": (3000,), "adversarial": (3000,)}

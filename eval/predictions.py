@@ -24,9 +24,11 @@ from typing import Any
 
 from encoder.distributed import rank, world_size
 from encoder.errors import DataError
+from eval.json_lines import json_lines
 from eval.processes import first_does, wait_for_all
 
 Box = tuple[float, float, float, float]
+AGAIN = "remove that line, or the folder, and evaluate again"
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def load_evaluation(folder: Path) -> Evaluation:
     """
     folder = Path(folder)
     run = read_run(folder)
-    targets = [_target(row, where) for row, where in _rows(folder / "targets.jsonl")]
+    targets = [_target(row, where) for row, where in json_lines(folder / "targets.jsonl", AGAIN)]
     path = folder / "predictions.jsonl"
     by_id: dict[str, Prediction] = {}
     for prediction in read_predictions(path):
@@ -264,7 +266,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_predictions(path: Path) -> list[Prediction]:
     """All lines of a predictions file, in file order, not joined. DataError names the file and line that is broken."""
     predictions = []
-    for row, where in _rows(path):
+    for row, where in json_lines(path, AGAIN):
         try:
             predictions.append(Prediction(**_tuples(row)))
         except (KeyError, TypeError) as error:
@@ -324,23 +326,6 @@ def source_commit() -> str:
     except (subprocess.CalledProcessError, FileNotFoundError):
         return "unknown"
     return commit + ("+changes" if changes.strip() else "")
-
-
-def _rows(path: Path):
-    """Yields (dict, 'file, line n') of a JSON lines file."""
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there; evaluate again into another --out") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); remove that line and evaluate again to go on") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a JSON object was expected, this is {type(row).__name__}; remove that line")
-        yield row, where
 
 
 def _target(row: dict, where: str) -> Target:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from encoder.data.sources.labelled import numbers
+from encoder.data.sources.labelled import numbers, plain_name
 from encoder.errors import DataError
 from eval.refcoco_files import RefcocoFiles, Referral, refuse_doubled
 from eval.runner import picture_size
@@ -126,6 +126,7 @@ def _referral(row: dict, where: str, split: str, images: Path) -> Referral:
         raise DataError(f"{where}: not in a form of the RefCOCO family ({error!r}); see docs/evaluation.md") from None
     if not split:
         raise DataError(f"{where}: no split in the row and none in the file's name; call the file like refcoco_val.jsonl")
+    plain_name(name, where)
     x1, y1, x2, y2 = numbers(row.get("bbox"), 4, f"{where}: bbox")
     box = (x1, y1, x1 + x2, y1 + y2) if xywh else (x1, y1, x2, y2)
     width, height = size or picture_size(images, name, where)

@@ -12,9 +12,11 @@ import argparse
 import hashlib
 import json
 
+from encoder.data.sources.labelled import plain_name
 from encoder.errors import DataError, run_main
+from eval.json_lines import json_lines
 from eval.predictions import Target
-from eval.runner import Part, benchmark_parser, json_lines, needs_words, run_benchmark
+from eval.runner import Part, benchmark_parser, needs_words, run_benchmark
 from mllm.regions import parse_region
 
 KINDS = {"box": "box", "point": "point", "free_form": "mask"}
@@ -30,6 +32,7 @@ def read_records(args: argparse.Namespace) -> tuple[list[dict], str]:
         missing = [key for key in KEYS if key not in row]
         if missing:
             raise DataError(f"{where}: no key '{missing[0]}'; make the records with eval/reflvis_records.py")
+        plain_name(row["image"], where)
         for kind, key in KINDS.items():
             parse_region({key: row[kind]}, f"{where}: {kind}", row["width"], row["height"])
     found = hashlib.sha256(path.read_bytes()).hexdigest()

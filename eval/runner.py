@@ -7,7 +7,6 @@ The same command again goes on where it was stopped; several processes give the 
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from encoder.data.sources.labelled import plain_name
 from encoder.distributed import rank
 from encoder.errors import DataError
 from eval.answering import DTYPES, answer_all, check_counts, load_answerer
@@ -116,7 +116,7 @@ def image_folder(args: argparse.Namespace) -> Path:
 def picture_size(images: Path, name: str, where: str) -> tuple[int, int]:
     """(width, height) of a picture whose annotations do not state it. `where` names the row that asks for it."""
     try:
-        with Image.open(images / name) as image:
+        with Image.open(images / plain_name(name, where)) as image:
             return image.size
     except OSError as error:
         raise DataError(
@@ -129,25 +129,6 @@ def needs_words(answerer: Any, model: Path) -> Any:
     if not hasattr(answerer, "asks"):
         raise DataError(f"{model} is an encoder, which has no words; this benchmark needs the folder of an MLLM")
     return answerer
-
-
-def json_lines(path: Path) -> list[tuple[dict, str]]:
-    """(object, 'file, line n') per line. DataError for a file that is missing, or a line that is no object."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); download it again") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); download it again") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a JSON object was expected, this is {type(row).__name__}; download it again")
-        rows.append((row, where))
-    return rows
 
 
 def limited(part: Part, limit: int | None) -> Part:

@@ -1,8 +1,8 @@
 """An MLLM on disk: a stock `llava` or `llava_next` folder, and `grounding.json` beside it with what stock code does not know.
 
 Weights, configuration, tokenizer and image settings load in transformers without this package; with region tokens the folder
-is of a class of ours, `llava_regions`. `grounding.json` says how boxes are written and how a picture became the model's
-square, which an evaluation has to repeat exactly.
+is of a class of ours, `llava_regions` or `llava_next_regions`. `grounding.json` says how boxes are written and how a picture
+became the model's square, which an evaluation has to repeat exactly.
 """
 
 import json
@@ -21,7 +21,7 @@ from encoder.errors import DataError
 from encoder.geometry import ANYRES
 from encoder.pretrained import weights_hash
 from mllm.image_input import ImageInput
-from mllm.region_tokens import RegionLlavaConfig
+from mllm.region_tokens import RegionLlavaConfig, RegionLlavaNextConfig
 from mllm.regions import COORDS, REGION_TOKENS
 from mllm.tokenizer import save_tokenizer
 
@@ -57,9 +57,10 @@ class MllmSettings:
     @property
     def model_type(self) -> str:
         """What config.json says of such an MLLM."""
+        tiles = self.image.mode == ANYRES
         if self.regions != COORDS:
-            return RegionLlavaConfig.model_type
-        return "llava_next" if self.image.mode == ANYRES else "llava"
+            return (RegionLlavaNextConfig if tiles else RegionLlavaConfig).model_type
+        return "llava_next" if tiles else "llava"
 
     def write(self, folder: Path) -> None:
         values = {**vars(self), "image": self.image.as_dict()}

@@ -25,7 +25,7 @@ from mllm.config import PROJECTORS, MllmConfig
 from mllm.features import tower_features
 from mllm.lora import add_lora, lora_config
 from mllm.model import first_layer, freeze, join, llava_config, nano_llm_config
-from mllm.region_tokens import RegionLlavaConfig, RegionLlavaForConditionalGeneration, add_region_tokens
+from mllm.region_tokens import RegionFields, RegionLlavaForConditionalGeneration, add_region_tokens
 from mllm.tiles import read_grids
 from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token
 
@@ -42,7 +42,7 @@ def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
             _read_json(Path(config.model) / "config.json")
             saved = AutoConfig.from_pretrained(config.model)
             model = AutoModelForImageTextToText.from_config(saved)
-            if config.new_regions and not isinstance(saved, RegionLlavaConfig):
+            if config.new_regions and not isinstance(saved, RegionFields):
                 tokens = model.get_input_embeddings().num_embeddings
                 model.resize_token_embeddings(tokens + 1, pad_to_multiple_of=64, mean_resizing=False)
                 source = config.prompter or MllmSettings.read(config.model).tower_path
@@ -101,7 +101,7 @@ def mllm_cost(model: LlavaForConditionalGeneration, config: MllmConfig) -> Cost:
             pixels = torch.zeros(num_squares, 3, side, side, dtype=model.dtype)
             features = tower_features(inner.vision_tower, layer, pixels)[:, -sizes.image_seq_length :]
         tokens = inner.multi_modal_projector(features).flatten(0, 1)[None]
-        regions = _region_token(model, config) if isinstance(sizes, RegionLlavaConfig) else tokens[:, :0]
+        regions = _region_token(model, config) if isinstance(sizes, RegionFields) else tokens[:, :0]
         if config.max_length <= tokens.shape[1]:
             raise DataError(f"max_length {config.max_length} leaves no room beside {tokens.shape[1]} image tokens; raise it")
         rest = config.max_length - tokens.shape[1] - regions.shape[1]

@@ -175,7 +175,7 @@ class Collator:
         """-> input_ids, labels: (B, L) int64; pixel_values: (T, ...); attention_mask: (B, L) int64; image_sizes: (I, 2).
 
         Where a row holds several records: attention_mask (B, 1, L, L) bool, and position_ids (B, L) int64.
-        With region tokens also what `mllm.region_tokens.RegionLlavaModel.forward` takes for them.
+        With region tokens also what `mllm.region_tokens.WithRegionTokens.forward` takes for them.
         """
         if not any(row.images for row in rows):
             mark = np.array([self.image_token_id], np.int32)

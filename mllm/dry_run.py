@@ -40,7 +40,7 @@ def dry_run(config: MllmConfig, processes: int = 1) -> Path:
     for line in (*parts(mllm.model), *memory(config, mllm.model, processes), *duration(config, dataset, processes)):
         print(line, flush=True)
     samples = []
-    for row in first_batch(config, dataset):
+    for row in first_batch(config, dataset, processes):
         text = readable(row, mllm)
         print(f"\n{text}", flush=True)
         samples.append(_sample(row, text, dataset, BoxCodec(mllm.settings.codec)))
@@ -116,9 +116,10 @@ def duration(config: MllmConfig, dataset: ConversationDataset, processes: int) -
     yield f"{steps:,} steps of {batch} rows, {steps * batch * total / len(dataset):,.0f} tokens, {each:,} steps an epoch"
 
 
-def first_batch(config: MllmConfig, dataset: ConversationDataset) -> list[TokenRow]:
+def first_batch(config: MllmConfig, dataset: ConversationDataset, processes: int = 1) -> list[TokenRow]:
     """The rows that the first process meets first, in the Trainer's own order."""
-    alone = replace(config, report_to="none", val_data=[])
+    # Lengths are grouped over a whole step, and this one process stands for all: its step is then as large as theirs.
+    alone = replace(config, report_to="none", val_data=[], gradient_accumulation=config.gradient_accumulation * processes)
     model = Mllm(torch.nn.Linear(1, 1), None, None)
     trainer = MllmTrainer(alone, model, dataset, None, {"train": list}, training_arguments(alone, None, Path(config.output)))
     return next(iter(trainer.get_train_dataloader()))

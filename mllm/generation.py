@@ -139,7 +139,8 @@ class GroundingModel:
                 table.add(as_region(given[index], f"question '{question}', region {index}", geometry), geometry, number)
         if not len(table):
             return {}
-        tower_output = inner.vision_tower(**self.picture_inputs([image for _, image in pictures.values()]))
+        squares = self.settings.image.processor()([image for _, image in pictures.values()])["pixel_values"]
+        tower_output = inner.vision_tower(squares.to(self.model.device, self.model.dtype))
         index = torch.from_numpy(table.images).long().to(self.model.device)
         inputs = {name: value.to(self.model.device) for name, value in table.inputs(np.arange(len(table))).items()}
         tokens_BND = inner.last_tokens(tower_output.last_hidden_state)

@@ -67,7 +67,7 @@ class ImageInput:
         return num_tokens(width, height, grid, round(num_square_tokens**0.5))
 
     def processor(self) -> ClocImageProcessor:
-        """Of one square; a tile is one already."""
+        """Of one square, the whole picture's; a tile is one already."""
         return ClocImageProcessor(self.size, "squash" if self.mode == ANYRES else self.mode, list(self.mean), list(self.std))
 
     def as_dict(self) -> dict:

@@ -85,12 +85,17 @@ def read_config(folder: str | Path) -> dict:
         "mm_vision_select_feature": ("patch", None),
         "mm_use_im_start_end": (False, None),
         "mm_use_im_patch_token": (False, None),
-        "image_aspect_ratio": ("pad", "square", None),
     }
     for key, allowed in wanted.items():
         if config.get(key) not in allowed:
             known = " or ".join(str(value) for value in allowed if value is not None)
             raise DataError(f"{path}: {key} is '{config.get(key)}', only {known} is read; take a LLaVA-1.5 checkpoint")
+    if (ratio := config.get("image_aspect_ratio")) != "pad":
+        seen = "tiles" if ratio == "anyres" else "the middle of each picture, which cuts boxes off"
+        raise DataError(
+            f"{path}: image_aspect_ratio is '{ratio}', so it was trained on {seen}; only pad is read: take a LLaVA-1.5 "
+            "checkpoint, or its projector alone, by finetune_mllm.py --projector"
+        )
     return config
 
 

@@ -92,15 +92,8 @@ def check_rows(config: MllmConfig, text_config: PreTrainedConfig) -> None:
 
 def check_tiles(config: MllmConfig, settings: MllmSettings) -> None:
     """Refuses what does not go with a picture in tiles."""
-    if settings.image.mode != ANYRES:
-        return
-    if config.cache_features:
+    if config.cache_features and settings.image.mode == ANYRES:
         raise DataError("cache_features keeps one square a picture, but geometry anyres has tiles of it too; set it to false")
-    if settings.regions != COORDS:
-        raise DataError(
-            f"region_tokens {settings.regions} reads a picture as one square, but geometry anyres has tiles; take coords, or "
-            "geometry pad or squash"
-        )
 
 
 def first_layer(config: MllmConfig, tower_config: PreTrainedConfig) -> int | list[int]:

@@ -6,9 +6,13 @@ region through a projector. Two features, both of the tower's last layer, whiche
 `prompter`  CLOC's region embedding (the starred rows of arXiv 2410.02746, Table 4); points and masks by their box
 `pooling`   the mean of the patch tokens under the region, a mask's own shape included: for towers without a Prompter
 
-B pictures, N tokens of a picture (patches P), R regions, F width of a region's feature, D tower width, H language model's.
+Of a picture in tiles (`anyres`) the regions are read on the square of the whole picture.
+
+B pictures, or squares of pictures, N tokens of one (patches P), R regions, F width of a region's feature, D tower width,
+H language model's.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +25,10 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+    PreTrainedModel,
 )
 
 from encoder.config import RegionConfig
@@ -33,8 +41,9 @@ from encoder.prompter import Prompter
 PROMPTER_FIELDS = ("projection_dim", "num_class_tokens", *RegionConfig.__dataclass_fields__)
 
 
-class RegionLlavaConfig(LlavaConfig):
-    """`LlavaConfig` and
+@dataclass(kw_only=True)
+class RegionFields:
+    """What region tokens add to a stock configuration.
 
     region_tokens: `prompter` or `pooling`; region_token_id: of the mark
     prompter: `PROMPTER_FIELDS` of the CLOC, None for pooling
@@ -42,13 +51,23 @@ class RegionLlavaConfig(LlavaConfig):
     num_class_tokens: tokens before the patches
     """
 
-    model_type = "llava_regions"
-
     region_tokens: str = "prompter"
     region_token_id: int = 0
     prompter: dict | None = None
     region_layer_norm: bool = True
     num_class_tokens: int = 1
+
+
+class RegionLlavaConfig(RegionFields, LlavaConfig):
+    """Of a Llava with region tokens."""
+
+    model_type = "llava_regions"
+
+
+class RegionLlavaNextConfig(RegionFields, LlavaNextConfig):
+    """Of a LlavaNext with region tokens."""
+
+    model_type = "llava_next_regions"
 
 
 class RegionProjector(nn.Module):
@@ -65,7 +84,7 @@ class RegionProjector(nn.Module):
 class RegionTokens(nn.Module):
     """Prompter, where there is one, and projector."""
 
-    def __init__(self, config: RegionLlavaConfig):
+    def __init__(self, config: RegionLlavaConfig | RegionLlavaNextConfig):
         super().__init__()
         self.prompter, self.num_class_tokens = None, config.num_class_tokens
         width = config.vision_config.hidden_size
@@ -98,10 +117,10 @@ class RegionTokens(nn.Module):
         return self.projector(features_RF)
 
 
-class RegionLlavaModel(LlavaModel):
-    """A stock Llava whose region marks are replaced by region tokens."""
+class WithRegionTokens:
+    """A stock inner model whose region marks are replaced by region tokens: a mixin before it."""
 
-    def __init__(self, config: RegionLlavaConfig):
+    def __init__(self, config: RegionLlavaConfig | RegionLlavaNextConfig):
         super().__init__(config)
         self.region_tokens = RegionTokens(config)
 
@@ -116,15 +135,17 @@ class RegionLlavaModel(LlavaModel):
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        image_sizes: Tensor | None = None,
         region_image_index: Tensor | None = None,
         region_boxes: Tensor | None = None,
         region_weights: Tensor | None = None,
         region_features: Tensor | None = None,
         **kwargs,
     ):
-        """As `LlavaModel`'s. The regions come in the order of their marks, row by row.
+        """As the stock one's. The regions come in the order of their marks, row by row.
 
-        region_image_index, region_boxes, region_weights: as in `RegionTokens.features`; the picture among `pixel_values`
+        region_image_index, region_boxes, region_weights: as in `RegionTokens.features`; the square among those of
+            `pixel_values`
         region_features: (R, F) where they are known already (kept on disk, or of an earlier pass), instead of the others
         """
         if input_ids is None:
@@ -132,7 +153,7 @@ class RegionLlavaModel(LlavaModel):
         embeds_BLH = self.get_input_embeddings()(input_ids)
         image = (mm_encoder_outputs or {}).get("image")
         if image is None and pixel_values is not None:
-            image = self.get_image_features(pixel_values, return_dict=True)
+            image = self.get_image_features(pixel_values, image_sizes=image_sizes, return_dict=True)
         if image is not None:
             picture_tokens = torch.cat(list(image.pooler_output))
             embeds_BLH = put_in(embeds_BLH, input_ids == self.config.image_token_id, picture_tokens, "picture")
@@ -145,6 +166,14 @@ class RegionLlavaModel(LlavaModel):
         return super().forward(inputs_embeds=embeds_BLH, **kwargs)
 
 
+class RegionLlavaModel(WithRegionTokens, LlavaModel):
+    """A stock Llava's inner model with region tokens."""
+
+
+class RegionLlavaNextModel(WithRegionTokens, LlavaNextModel):
+    """A stock LlavaNext's inner model with region tokens."""
+
+
 def put_in(embeds_BLH: Tensor, places_BL: Tensor, tokens_TH: Tensor, what: str) -> Tensor:
     """The embeddings with these tokens in those places, row by row; without any the tokens still take part, as zero."""
     if (marks := int(places_BL.sum())) != len(tokens_TH):
@@ -155,14 +184,14 @@ def put_in(embeds_BLH: Tensor, places_BL: Tensor, tokens_TH: Tensor, what: str) 
     return embeds_BLH.masked_scatter(places_BL[..., None], tokens_TH)
 
 
-class RegionLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """`LlavaForConditionalGeneration` with region tokens; also takes the arguments of `RegionLlavaModel.forward`."""
+class RegionGeneration:
+    """A stock model for generation with `inner` inside, whose arguments it also takes: a mixin before it."""
 
-    config_class = RegionLlavaConfig
+    inner: type
 
-    def __init__(self, config: RegionLlavaConfig):
-        super(LlavaForConditionalGeneration, self).__init__(config)  # its own would build a stock model inside
-        self.model = RegionLlavaModel(config)
+    def __init__(self, config: RegionLlavaConfig | RegionLlavaNextConfig):
+        PreTrainedModel.__init__(self, config)  # the stock one's own would build a stock model inside
+        self.model = self.inner(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
@@ -172,8 +201,20 @@ class RegionLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return inputs | {"region_features": region_features} if is_first_iteration else inputs
 
 
+class RegionLlavaForConditionalGeneration(RegionGeneration, LlavaForConditionalGeneration):
+    """`LlavaForConditionalGeneration` with region tokens."""
+
+    config_class, inner = RegionLlavaConfig, RegionLlavaModel
+
+
+class RegionLlavaNextForConditionalGeneration(RegionGeneration, LlavaNextForConditionalGeneration):
+    """`LlavaNextForConditionalGeneration` with region tokens."""
+
+    config_class, inner = RegionLlavaNextConfig, RegionLlavaNextModel
+
+
 def region_settings(by: str, source: str | Path, vision_config) -> dict:
-    """The fields that a `RegionLlavaConfig` has more than a stock one, but for the mark's id.
+    """`RegionFields`, but for the mark's id.
 
     source: the folder that a Prompter comes from; vision_config: the MLLM's tower's
     Raises DataError where there is no Prompter, or one of another tower.
@@ -207,9 +248,9 @@ def region_settings(by: str, source: str | Path, vision_config) -> dict:
 
 
 def add_region_tokens(
-    model: LlavaForConditionalGeneration, token_id: int, by: str, source: str | Path
-) -> RegionLlavaForConditionalGeneration:
-    """A stock Llava with region tokens: its parts are taken over, not copied; the projector is new.
+    model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration, token_id: int, by: str, source: str | Path
+) -> RegionLlavaForConditionalGeneration | RegionLlavaNextForConditionalGeneration:
+    """A stock Llava or LlavaNext with region tokens: its parts are taken over, not copied; the projector is new.
 
     token_id: of the mark, which has an embedding; by: `prompter` or `pooling`
     source: the CLOC folder that the Prompter comes from
@@ -219,12 +260,15 @@ def add_region_tokens(
     kept = (
         "vision_config", "text_config", "image_token_index", "image_seq_length", "projector_hidden_act", "vision_feature_layer",
         "vision_feature_select_strategy", "multimodal_projector_bias", "tie_word_embeddings", "pad_token_id",
+        "image_grid_pinpoints",
     )  # fmt: skip
     fields = {name: getattr(stock, name) for name in kept if hasattr(stock, name)}
-    config = RegionLlavaConfig(**fields, region_token_id=token_id, **settings)
+    tiles = isinstance(stock, LlavaNextConfig)
+    cls = RegionLlavaNextForConditionalGeneration if tiles else RegionLlavaForConditionalGeneration
+    config = cls.config_class(**fields, region_token_id=token_id, **settings)
     with torch.device("meta"):
-        joined = RegionLlavaForConditionalGeneration(config)
-    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        joined = cls(config)
+    for part in ("vision_tower", "multi_modal_projector", "language_model", *["image_newline"] * tiles):
         setattr(joined.model, part, getattr(model.model, part))
     joined.lm_head, joined.generation_config = model.lm_head, model.generation_config
     region_tokens = RegionTokens(config)
@@ -235,5 +279,6 @@ def add_region_tokens(
     return joined.eval()
 
 
-AutoConfig.register(RegionLlavaConfig.model_type, RegionLlavaConfig)
-AutoModelForImageTextToText.register(RegionLlavaConfig, RegionLlavaForConditionalGeneration)
+for _cls in (RegionLlavaForConditionalGeneration, RegionLlavaNextForConditionalGeneration):
+    AutoConfig.register(_cls.config_class.model_type, _cls.config_class)
+    AutoModelForImageTextToText.register(_cls.config_class, _cls)

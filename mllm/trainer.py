@@ -2,14 +2,16 @@
 
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from encoder.checkpoint import forget_after
 from encoder.distributed import rank
@@ -75,7 +77,8 @@ class MllmTrainer(Trainer):
         if not self.config.group_by_length:
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(batch, lengths=self.train_dataset.lengths.tolist())
+        seed = self.config.seed
+        return LengthSampler(batch, self.train_dataset.lengths.tolist(), lambda: seed + int(self.state.epoch or 0))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -103,6 +106,24 @@ class MllmTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
+
+
+class LengthSampler(Sampler):
+    """Rows of like length side by side, the longest first: transformers' order, drawn anew in every epoch.
+
+    batch: rows of a step, of all processes together; seed: called at the start of an epoch. The order is a function of the
+    two, so it is the same in every process, after a resume, and in a dry run
+    """
+
+    def __init__(self, batch: int, lengths: list[int], seed: Callable[[], int]):
+        self.batch, self.lengths, self.seed = batch, lengths, seed
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed())
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
 
 
 def parameter_groups(model: nn.Module, config: MllmConfig) -> list[dict]:

@@ -33,13 +33,20 @@ from mllm.checkpoint import SETTINGS_FILE, save_mllm
 from mllm.convert import read_llava, write_llava
 
 ENCODERS, MLLMS = ("clip", "vision", "cloc"), ("llava", "llava_projector", "llava_lora", "mllm")
+# Which --to reads a flag.
+READ_BY = {
+    **dict.fromkeys(("readout", "seed", "image_size", "open_clip_config", "quick_gelu"), ("cloc",)),
+    "tokenizer": ENCODERS,
+    "tower": MLLMS,
+    **dict.fromkeys(("llm", "template"), ("mllm",)),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", required=True, choices=[*ENCODERS, *MLLMS, "llm"], help="what OUT shall hold")
-    parser.add_argument("--readout", choices=READOUTS, default=READOUTS[0], help="of the new Prompter, with --to cloc")
-    parser.add_argument("--seed", type=int, default=0, help="of the new Prompter's initialisation, with --to cloc")
+    parser.add_argument("--readout", choices=READOUTS, help=f"of the new Prompter, with --to cloc; default {READOUTS[0]}")
+    parser.add_argument("--seed", type=int, help="of the new Prompter's initialisation, with --to cloc; default 0")
     parser.add_argument("--image-size", type=int, help="side of the new input in pixels, with --to cloc; default the CLIP's")
     parser.add_argument("--tokenizer", help="folder of the tokenizer, for a CLIP without one (VeCap-DFN: T5's)")
     parser.add_argument("--open-clip-config", help="JSON of the model, for open_clip weights without open_clip_config.json")
@@ -48,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--tower", help="folder of the vision tower, with --to mllm; what config.json names it, with --to llava")
     parser.add_argument("--llm", help="folder of the language model, with --to mllm of a projector or LoRA")
-    parser.add_argument("--template", default="vicuna_v1", help="chat template of the LLaVA, with --to mllm")
+    parser.add_argument("--template", help="chat template of the LLaVA, with --to mllm; default vicuna_v1")
     parser.add_argument("source", metavar="IN", help="folder of an encoder or its tower, open_clip weights; of an MLLM, a LLaVA")
     parser.add_argument("output", metavar="OUT", help="folder to write; it must not exist yet, or be empty")
     arguments = parser.parse_args()
@@ -58,8 +65,9 @@ def main() -> None:
     source, output = Path(arguments.source), Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not an empty folder; choose another output")
+    adapter = (source / SETTINGS_FILE).is_file() and arguments.to == "mllm"
+    check_flags(arguments, adapter)
     if arguments.to in MLLMS:
-        adapter = (source / SETTINGS_FILE).is_file() and arguments.to == "mllm"
         kind = "adapter" if adapter else "llava" if arguments.to == "mllm" else "mllm"
         (merge_lora if adapter else convert_mllm)(arguments, source, output)
     elif arguments.to == "llm":
@@ -71,15 +79,27 @@ def main() -> None:
     print(f"done: {output} holds a {arguments.to} folder made from the {kind} folder {source}")
 
 
+def check_flags(arguments: argparse.Namespace, adapter: bool) -> None:
+    """Refuses a flag that nothing would read; an adapter folder says everything itself."""
+    for name, kinds in READ_BY.items():
+        if getattr(arguments, name) is not None and (adapter or arguments.to not in kinds):
+            flag = "--" + name.replace("_", "-")
+            if adapter:
+                raise DataError(f"{flag} is given, but an adapter folder says that itself; leave it out")
+            raise DataError(
+                f"{flag} is given, but --to {arguments.to} does not read it, --to {' or '.join(kinds)} does; leave it out"
+            )
+
+
 def convert_encoder(arguments: argparse.Namespace, kind: str, source: Path, output: Path) -> None:
     if arguments.to == "cloc":
-        torch.manual_seed(arguments.seed)
+        torch.manual_seed(arguments.seed or 0)
         model = from_clip(
             source,
             image_size=arguments.image_size,
             open_clip_config=arguments.open_clip_config,
             quick_gelu={"true": True, "false": False, None: None}[arguments.quick_gelu],
-            prompter_readout=arguments.readout,
+            prompter_readout=arguments.readout or READOUTS[0],
         )
         processor = load_processor(source, arguments.tokenizer, arguments.image_size, arguments.open_clip_config)
         model.save_pretrained(output)
@@ -96,7 +116,7 @@ def convert_mllm(arguments: argparse.Namespace, source: Path, output: Path) -> N
         kind = {"llava": "whole", "llava_projector": "projector", "llava_lora": "lora"}[arguments.to]
         write_llava(source, output, arguments.tower, kind)
         return
-    mllm = read_llava(source, arguments.tower, arguments.llm, arguments.template)
+    mllm = read_llava(source, arguments.tower, arguments.llm, arguments.template or "vicuna_v1")
     dtype = getattr(torch, mllm.settings.dtype)
     save_mllm(output, mllm.model, mllm.tokenizer, mllm.settings, dtype, None, mllm.sentencepiece_model)
 

@@ -5,9 +5,16 @@ import json
 import pytest
 import torch
 from mllm_fixtures import recipe, write_clip, write_conversations
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
+from encoder.config import tiny
 from encoder.errors import DataError
+from encoder.model import ClocModel
+from encoder.pretrained import load_encoder
+from encoder.processor import ClocImageProcessor, ClocProcessor
+from eval.answering import MllmAnswerer
+from eval.predictions import Target
 from mllm import training
 from mllm.chat import GroundingChat
 from mllm.checkpoint import load_mllm
@@ -19,6 +26,7 @@ from mllm.generation import GroundingModel
 from mllm.image_input import read_picture
 from mllm.likelihood import answer_likelihoods
 from mllm.model import build_mllm
+from mllm.region_tokens import RegionLlavaNextForConditionalGeneration
 from mllm.trainer import parameter_groups
 
 QUESTION = "Where is the red square?"
@@ -198,6 +206,33 @@ def test_a_run_goes_on_from_the_folder_and_from_its_projector(world, trained):
             build_mllm(MllmConfig(**recipe(world, model=str(trained), **wrong)))
 
 
+def test_an_evaluation_asks_such_a_folder(world, trained):
+    """Boxes come back in pixels of the original picture; what is compared says that there were tiles, and which."""
+    records = [r for r in json.loads((world / "conversations_0.json").read_text()) if "image" in r]
+    targets, images = [], []
+    for record in records:
+        words = [turn["value"] for turn in record["conversations"]]
+        asked = next(number for number, value in enumerate(words) if "Where is the" in value)
+        name = words[asked].removeprefix("<image>\n").removeprefix("Where is the ").rstrip("?")
+        box = record["regions"][int(words[asked + 1][5])]["box"]
+        targets.append(Target(record["id"], record["image"], record["width"], record["height"], f"the {name}", tuple(box), name))
+        images.append(read_picture(world / "images" / record["image"]))
+    answerer = MllmAnswerer(trained, "cpu", torch.float32)
+    predictions = answerer.ground(targets, images, 4)
+    assert answerer.protocol["geometry"] == "anyres" and answerer.record["tile_grids"][0] == [1, 2]
+    assert sum(p.box is not None for p in predictions) >= 5
+    for target, prediction in zip(targets, predictions, strict=True):
+        assert prediction.box is None or (prediction.box[2] <= target.width and prediction.box[3] <= target.height)
+
+
+def test_lora_on_such_a_folder_is_kept_apart_and_found_again(world, trained, tmp_path):
+    parts = {"train": ["projector", "llm_lora"], "lora_rank": 4, "save_adapter": True, "max_steps": 1, "save_every": 0}
+    adapter = training.train(MllmConfig(**recipe(world, model=str(trained), output=str(tmp_path), max_length=384, **parts)))
+    model, _, settings = load_mllm(adapter)
+    assert type(model) is LlavaNextForConditionalGeneration and settings.image.tile_grids[0] == (1, 2)
+    assert "model.image_newline" in load_file(adapter / "trained.safetensors")
+
+
 def test_a_dry_run_says_what_it_costs(world, capsys):
     dry_run(MllmConfig(**fields(world)))
     out = capsys.readouterr().out
@@ -208,7 +243,6 @@ def test_a_dry_run_says_what_it_costs(world, capsys):
     ("wrong", "message"),
     [
         ({"cache_features": True, "train": ["projector", "llm"]}, "cache_features keeps one square a picture"),
-        ({"region_tokens": "pooling"}, "region_tokens pooling reads a picture as one square"),
         ({"geometry": "pad", "tile_grids": ["1x2"]}, "tile_grids is given, but geometry is not anyres"),
         ({"tile_grids": ["1x1"]}, "tile_grids has '1x1'"),
         ({"max_length": 60}, "has no supervised token within 60 tokens"),
@@ -219,6 +253,55 @@ def test_what_does_not_combine_is_refused_in_one_sentence(world, wrong, message)
         config = MllmConfig(**fields(world, **wrong))
         training.read_dataset(config, build_mllm(config), config.data)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def cloc(tmp_path_factory, tiny_processor):
+    """A CLOC of 32 px, and a recipe's fields of an MLLM on it."""
+    folder = tmp_path_factory.mktemp("cloc")
+    torch.manual_seed(0)
+    encoder = ClocModel(tiny(vocab_size=len(tiny_processor.tokenizer)))
+    encoder.vision_model.embeddings.position_embedding.weight.data.normal_()
+    encoder.save_pretrained(folder)
+    ClocProcessor(ClocImageProcessor(size=32), tiny_processor.tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_regions_are_read_on_the_square_of_the_whole_picture(world, cloc, tmp_path):
+    """The features behind the marks are the encoder's own of boxes in the squashed picture, whatever tiles stand between."""
+    short = {"output": str(tmp_path / "run"), "max_steps": 2, "save_every": 0, "save_dtype": "float32"}
+    config = MllmConfig(**fields(world, tower=str(cloc), region_tokens="prompter", **short))
+    model, _, settings = load_mllm(training.train(config))
+    assert type(model) is RegionLlavaNextForConditionalGeneration and model.config.model_type == "llava_next_regions"
+    grounding = GroundingModel.from_pretrained(tmp_path / "run")
+    mllm = build_mllm(config)
+    dataset = training.read_dataset(config, mllm, config.data)
+    seen = []
+    model.model.region_tokens.projector.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    collate = pixel_collator(dataset, model.config.image_token_id, mllm.tokenizer.pad_token_id)
+    with torch.no_grad():
+        loss = model(**collate([dataset[index] for index in range(len(dataset))])).loss
+    assert torch.isfinite(loss)
+    expected, squash, encoder = [], ClocImageProcessor(32, "squash"), load_encoder(cloc)
+    records = [r for r in json.loads((world / "conversations_0.json").read_text()) if "image" in r]
+    for record in records:
+        image = read_picture(world / "images" / record["image"])
+        text = " ".join(turn["value"] for turn in record["conversations"] if turn["from"] == "human")
+        names = [int(part[0]) for part in text.split("<region:")[1:]]
+        boxes = torch.tensor([record["regions"][index]["box"] for index in names]) / torch.tensor(image.size * 2)
+        with torch.no_grad():
+            tokens = encoder.encode_image(squash([image])["pixel_values"]).tokens
+            found = encoder.embed_boxes(tokens, boxes.float(), torch.zeros(len(boxes), dtype=torch.long))
+        expected.append(torch.nn.functional.normalize(found, dim=-1) * found.shape[-1] ** 0.5)
+    torch.testing.assert_close(seen[0], torch.cat(expected), rtol=1e-4, atol=1e-4)
+    images = [read_picture(world / "images" / record["image"]) for record in records[:3]]
+    boxes = [[record["regions"][0]["box"]] for record in records[:3]]
+    together = grounding.generate(images, ["What is <region>?"] * 3, boxes, max_new_tokens=8, progress=False)
+    alone = [
+        grounding.generate([i], ["What is <region>?"], [b], max_new_tokens=8, progress=False)[0]
+        for i, b in zip(images, boxes, strict=True)
+    ]
+    assert together == alone and settings.model_type == "llava_next_regions"
 
 
 def test_labels_are_the_answers_alone(world, mllm):

@@ -314,7 +314,9 @@ def test_unused_missing_and_unfitting_parameters_are_named(parts, tmp_path, chan
     [
         ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu', only mlp2x_gelu or linear is read"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch', only patch"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', only pad"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', so it was trained on tiles; only pad"),
+        ({"image_aspect_ratio": "square"}, "is 'square', so it was trained on the middle of each picture, which cuts boxes off"),
+        ({"image_aspect_ratio": None}, "image_aspect_ratio is 'None', so it was trained on the middle"),
         ({"model_type": "llama"}, "model_type is 'llama'; it is of no LLaVA"),
     ],
 )
@@ -366,3 +368,15 @@ def test_the_script_goes_both_ways(parts, read, tmp_path, monkeypatch, capsys):
         run("--to", "mllm", "--tower", folder / "clip", tmp_path / "model.safetensors", tmp_path / "again")
     assert load_mllm(tmp_path / "again")[2].codec == "float2"
     assert "done: " in capsys.readouterr().out
+    for words, source, sentence in (
+        (["--to", "llava", "--llm", "x"], read, "--llm is given, but --to llava does not read it, --to mllm does"),
+        (
+            ["--to", "mllm", "--image-size", "448"],
+            tmp_path / "model.safetensors",
+            "--image-size is given, but --to mllm",
+        ),
+        (["--to", "mllm", "--tower", "x"], read, "--tower is given, but an adapter folder says that itself"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(*words, source, tmp_path / "none")
+        assert sentence in capsys.readouterr().err and not (tmp_path / "none").exists()

@@ -18,6 +18,7 @@ from mllm.config import MllmConfig
 from mllm.dry_run import dry_run, duration, first_batch, memory, outline, readable
 from mllm.model import build_mllm
 from mllm.records import read_records
+from mllm.trainer import LengthSampler
 from mllm.training import read_dataset, train
 
 
@@ -49,7 +50,7 @@ def test_the_script_tells_and_draws_and_trains_nothing(world, tmp_path):
     assert re.search(r"^ZeRO-2, 2 processes", done.stdout, re.M) and "ZeRO-3" not in done.stdout
 
 
-@pytest.mark.parametrize("fields", [{}, {"share_pictures": True, "batch_size": 2}])
+@pytest.mark.parametrize("fields", [{}, {"share_pictures": True, "batch_size": 2}, {"group_by_length": True, "batch_size": 2}])
 def test_the_first_batch_is_the_one_that_training_meets_first(world, fields, tmp_path, monkeypatch):
     config = MllmConfig(**recipe(world, output=str(tmp_path), max_steps=1, **fields))
     mllm = outline(config)
@@ -68,6 +69,19 @@ def test_the_first_batch_is_the_one_that_training_meets_first(world, fields, tmp
     for row, ids, labels in zip(told, seen[0]["input_ids"].tolist(), seen[0]["labels"].tolist(), strict=False):
         assert row.ids[row.ids != mark].tolist() == [i for i in ids if i not in (mark, mllm.tokenizer.pad_token_id)]
         assert row.ids[row.supervised].tolist() == [label for label in labels if label != -100]
+
+
+def test_lengths_are_grouped_over_the_step_of_all_processes(world, tmp_path):
+    """The first rows of the order that three processes share are those of the first of them."""
+    config = MllmConfig(**recipe(world, output=str(tmp_path), group_by_length=True, batch_size=2, gradient_accumulation=1))
+    dataset = read_dataset(config, outline(config), config.data)
+    orders = {count: list(LengthSampler(2 * count, dataset.lengths.tolist(), lambda: config.seed)) for count in (1, 3)}
+    assert orders[1][:2] != orders[3][:2] and sorted(orders[3]) == list(range(len(dataset)))
+    for count, order in orders.items():
+        rows = first_batch(config, dataset, count)
+        assert [row.ids.tolist() for row in rows] == [dataset[index].ids.tolist() for index in order[:2]]
+    longest = dataset.lengths[orders[3]].reshape(-1)[:6]
+    assert (longest[:-1] >= longest[1:]).all()
 
 
 def test_a_row_is_read_with_its_answers_marked_and_its_boxes_back(world, tmp_path):

@@ -117,6 +117,29 @@ def test_geometry_is_one_for_the_model_and_its_pictures(folders, processor_of_an
         assert model.config.geometry == processor.image_processor.geometry == expected
 
 
+@pytest.mark.parametrize("init", ["cloc", "cloc_siglip"])
+def test_of_one_prompter_become_two_that_start_from_it(folders, processor_of_any, init, tmp_path, capsys):
+    """As `nano_encoder.yaml` asks of the shipped CLOC: nothing changes at the start, and both are saved."""
+    given = {"prompter_shared": False}
+    config = PretrainConfig(shards="", output="", init=str(folders / init), model_fields=given)
+    model, _ = make_model(config, LossConfig(), None)
+    assert "has one Prompter for boxes and texts" in capsys.readouterr().out
+    start = type(model).from_pretrained(folders / init)
+    tokens, index = torch.randn(2, 17 if init == "cloc" else 16, 32), torch.tensor([0, 1, 1])
+    boxes, texts = torch.tensor([[0.1, 0.2, 0.5, 0.9]] * 3), torch.randn(3, start.config.projection_dim)
+    assert torch.equal(start.embed_boxes(tokens, boxes, index), model.embed_boxes(tokens, boxes, index))
+    assert torch.equal(start.embed_texts(tokens, texts, index), model.embed_texts(tokens, texts, index))
+    fresh = start_config(config, LossConfig())
+    assert {n: p.shape for n, p in type(model)(fresh).named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    again, _ = make_model(replace(config, init=str(tmp_path)), LossConfig(), None)
+    kept = again.state_dict()
+    assert kept.keys() == model.state_dict().keys() and all(torch.equal(kept[n], v) for n, v in model.state_dict().items())
+    assert capsys.readouterr().out == ""
+    with pytest.raises(DataError, match="has a Prompter of its own for texts, which prompter_shared true would drop"):
+        make_model(replace(config, init=str(tmp_path), model_fields={"prompter_shared": True}), LossConfig(), None)
+
+
 def test_fields_that_a_siglip_has_not_are_refused(folders):
     given = {"position_init": "sincos", "logit_bias_init_value": -10.0, "box_token": "joint"}
     config = PretrainConfig(shards="", output="", init=str(folders / "siglip"), model_fields=given)

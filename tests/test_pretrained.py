@@ -201,6 +201,8 @@ def test_convert_checkpoint_script(tiny_folder, pixels, tmp_path, monkeypatch, c
     for arguments, sentence in (
         (("--to", "clip", tmp_path / "vision", tmp_path / "new"), "holds a vision tower alone"),
         (("--to", "clip", tiny_folder, tmp_path / "clip"), "is not an empty folder"),
+        (("--to", "clip", "--seed", "0", tiny_folder, tmp_path / "new"), "--seed is given, but --to clip does not read it"),
+        (("--to", "vision", "--template", "plain", tiny_folder, tmp_path / "new"), "--template is given, but --to vision"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:

@@ -124,6 +124,9 @@ def test_what_is_not_in_a_form_gets_one_sentence(tmp_path):
         ([{**qwen()[0], "bbox": [20, 3, 18.5, 20]}], "line 1: box .* has no area"),
         ([{**qwen()[0], "bbox": [0.1, 0.2, "x", 1]}], "line 1: bbox is .*4 numbers were expected"),
         ([{**lmms()[0], "file_name": "COCO_train2014_000000000999_1.jpg"}], "0999.jpg is not there or broken.*--images"),
+        ([{**lmms()[0], "file_name": "../a.jpg"}], "line 1: image file '../a.jpg' leaves the folder of images"),
+        ([{**qwen()[0], "image": "train/../../a.jpg"}], "line 1: image file 'train/../../a.jpg' leaves the folder of images"),
+        ([{**qwen()[0], "image": "/etc/a.jpg"}], "line 1: image file '/etc/a.jpg' leaves the folder of images"),
         ([], "holds no row"),
     ):
         with pytest.raises(DataError, match=message):

@@ -166,6 +166,7 @@ def test_variants_share_a_run_folder_and_resume_by_id(models, boxes, monkeypatch
         (lambda c: c["annotations"][1].pop("category_id"), "KeyError.'category_id'"),
         (lambda c: c["annotations"][1].update(image_id=9), "annotation 12 names an image_id or category_id"),
         (lambda c: c["images"][0].update(file_name="gone.png"), "1 of 2 images are not in .*gone.png"),
+        (lambda c: c["images"][0].update(file_name="../1.png"), "seen.json: image .*: image file '../1.png' leaves the folder"),
         (lambda c: c["images"][0].update(width=41), "is 40x24 px, the annotations say 41x24"),
         (lambda c: c["categories"][0].update(name="bus"), "a category name occurs twice"),
         (lambda c: c.update(annotations=[]), "holds no box outside crowds"),

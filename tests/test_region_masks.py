@@ -193,6 +193,19 @@ def panoptic(tmp_path):
     return tmp_path, ids
 
 
+def test_names_of_pngs_and_addresses_do_not_leave_their_folders(tmp_path):
+    image = {"id": 1, "width": WIDTH, "height": HEIGHT}
+    of_segments = {"image_id": 1, "file_name": "../1.png", "segments_info": [{"id": 3, "category_id": 0, "bbox": [0, 0, 5, 5]}]}
+    content = {"categories": [{"id": 0, "name": "wall"}], "annotations": [of_segments]}
+    for picture, message in (
+        ({"file_name": "1.jpg"}, "annotation of image 1: image file '../1.png' leaves the folder"),
+        ({"coco_url": "http://coco/../1.jpg"}, "image 1: image file '../1.jpg' leaves the folder"),
+    ):
+        write_json(tmp_path / "panoptic.json", {**content, "images": [image | picture]})
+        with pytest.raises(DataError, match=message):
+            read_instances(tmp_path / "panoptic.json")
+
+
 def test_panoptic_segments_are_annotations_with_masks(clip, panoptic):
     folder, ids = panoptic
     instances = read_instances(folder / "ade20k_panoptic_val.json")

@@ -50,6 +50,7 @@ def test_pope_reads_the_official_lines_and_scores_yes_and_no(tmp_path):
         ({"label": "maybe"}, "line 1: label is 'maybe'"),
         ({"question_id": 2}, "question_id 2 occurs twice"),
         ({"image": "gone.png"}, "line 1: .*gone.png is not there"),
+        ({"image": "../images/1.png"}, "line 1: image file '../images/1.png' leaves the folder of images"),
     ):
         write_pope(tmp_path, **changes)
         with pytest.raises(DataError, match=message):

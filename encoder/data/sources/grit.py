@@ -19,8 +19,8 @@ from encoder.data.sources.labelled import (
     Source,
     SourceImage,
     check_folder,
-    image_file,
     numbers,
+    plain_name,
     read_json,
     text_phrases,
 )
@@ -109,7 +109,7 @@ def _table_rows(paths: tuple[Path, ...], images: Path) -> Iterator[tuple[dict, C
             if not isinstance(row, dict) or "id" not in row:
                 raise DataError(f"{where} has no 'id', by which its picture is found; give the released rows")
             name = str(row["id"])
-            image_file(images, name, where)  # refuses a name that is a path elsewhere
+            plain_name(name, where)
             yield row, partial(_first_of, images / name), where
 
 

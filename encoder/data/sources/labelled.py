@@ -83,10 +83,15 @@ def read_json(path: Path, keep: set[str] | None = None) -> Any:
 
 def image_file(folder: Path, name: str, where: str) -> Callable[[], bytes]:
     """What reads `name` under `folder`. Raises DataError for a name that is not a plain relative path."""
+    return partial(Path(folder, plain_name(name, where)).read_bytes)
+
+
+def plain_name(name: Any, where: str) -> str:
+    """The name of an image file, as it is. DataError where it is no plain relative path, and so may lie outside its folder."""
     path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
     if not path.name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise DataError(f"{where}: image file {name!r} leaves the folder of images; correct the annotations, do not trust them")
-    return partial(Path(folder, path).read_bytes)
+    return name
 
 
 def last_parts(url: str, where: str) -> str:
