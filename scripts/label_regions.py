@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from encoder.errors import DataError, run_main
+from encoder.vesl.cloc_detector import PROPOSALS
 from encoder.vesl.hallucination import hallucination, read_objects
 from encoder.vesl.inputs import open_input
 from encoder.vesl.parts import OPENAI7, captioner_part, detector_part, phrases_part
@@ -61,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("detections")
     group.add_argument("--detector", metavar="MODEL", help="name or folder of an OWLv2, OWL-ViT, Grounding DINO, or of a CLOC")
     group.add_argument("--image-size", type=int, metavar="PX", help="side of the detector's input (default 448; a CLOC's own)")
+    group.add_argument("--proposals", choices=PROPOSALS, help="where a CLOC's boxes come from (default text; see the guide)")
     group.add_argument("--min-score", type=float, metavar="X", help="keep boxes above (default 0.1; with --labels ngrams 0.3)")
     group.add_argument("--nms-iou", type=float, metavar="X", help="leave out boxes that overlap a better one by more")
     group.add_argument("--templates", nargs="+", metavar="TEXT", help="sentences with {} for the phrase, averaged; or openai7")
@@ -92,6 +94,7 @@ def make_job(arguments: argparse.Namespace) -> LabelJob:
         "image_size": arguments.image_size,
         "min_score": NGRAMS_MIN_SCORE if ngrams and arguments.min_score is None else arguments.min_score,
         "nms_iou": arguments.nms_iou,
+        "proposals": arguments.proposals,
         "dtype": arguments.dtype,
         **(templates if arguments.templates else {}),
     }

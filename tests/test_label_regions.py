@@ -130,6 +130,8 @@ def test_an_mllm_of_ours_is_read_by_its_own_class(region_shards, tmp_path, monke
         assert captioner.make.args[0] is cls and captioner.settings == {"captioner": str(folder), "dtype": "bfloat16"}
 
 
-def test_a_clocs_input_is_its_own(region_shards, tiny_folder, tmp_path, monkeypatch):
+def test_a_clocs_input_is_its_own(region_shards, models, tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="is a CLOC, which has its own input and no templates; leave image_size out"):
         main(monkeypatch, region_shards, tmp_path / "out", "--detector", tiny_folder, "--image-size", 32)
+    with pytest.raises(DataError, match="is no CLOC and makes its own proposals"):
+        main(monkeypatch, region_shards, tmp_path / "out", "--detector", models["owl"], "--proposals", "windows")

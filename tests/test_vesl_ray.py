@@ -11,14 +11,21 @@ from encoder.vesl.ray_engine import RayEngine
 from encoder.vesl.stages import Part
 
 ray = pytest.importorskip("ray", reason="ray is not installed; it comes with the extra ray")
-pytestmark = pytest.mark.timeout(900)  # minutes on a busy machine: every actor is a process that imports torch
+pytestmark = pytest.mark.timeout(1800)  # minutes on a busy machine: every actor is a process that imports torch
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster of two CPUs whose workers get the scripted parts as bytes, since they do not find this folder."""
     ray.cloudpickle.register_pickle_by_value(labelling_fixtures)
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
+    for last in (False, False, True):  # Ray gives a machine 30 seconds to start it, too few for a busy one
+        try:
+            ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
+            break
+        except Exception:
+            if last:
+                raise
+            ray.shutdown()
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(labelling_fixtures)

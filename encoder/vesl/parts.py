@@ -51,6 +51,8 @@ def detector_part(path: str, device: str | None = None, **fields: Any) -> Part:
     cls = ClocDetector if _kind(path).startswith("cloc") else Detector
     if cls is ClocDetector and (wrong := [name for name in ("image_size", "templates") if name in fields]):
         raise DataError(f"{path} is a CLOC, which has its own input and no templates; leave {' and '.join(wrong)} out")
+    if cls is Detector and "proposals" in fields:
+        raise DataError(f"{path} is no CLOC and makes its own proposals; leave proposals out")
     return Part(partial(_load, cls, path, device, fields), {"detector": path} | _plain(fields))
 
 
