@@ -129,7 +129,7 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
             with gr.Column(scale=2 if len(names) > 1 else 1, min_width=320), gr.Tabs():
                 with gr.Tab("Chat"):
                     plain = {"latex_delimiters": [], "buttons": [], "placeholder": "Answers come here."}
-                    chat = gr.Chatbot(said, height=420, show_label=False, elem_id="chat", **plain)
+                    chat = gr.Chatbot(said, height="min(420px, 56vh)", show_label=False, elem_id="chat", **plain)
                     with gr.Row(equal_height=True):
                         limits = {"show_label": False, "max_length": MAX_QUESTION}
                         question = gr.Textbox(text, placeholder="Where is ...?", scale=5, elem_id="question", **limits)

@@ -1,10 +1,12 @@
 """The chat of the demo without a browser: questions and answers on a tiny real model, talks, the encoder, the terminal."""
 
+import gc
 import io
 import json
 import random
 import re
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -333,6 +335,19 @@ def test_models_that_fail_to_load_are_a_sentence_each_and_the_rest_works(tmp_pat
     assert "cannot be used" in session.status and session.question == "Where is it?"
     with pytest.raises(DataError, match="make quickstart.*make reproduce"):
         load_chat(tmp_path / "none", "cpu", None)
+
+
+def test_models_are_loaded_again_in_four_bits_and_the_chat_goes_on(folder, tiny_folder, session):
+    again = Models([folder], tiny_folder)
+    list(ask(session, "Where is it?", again, SHORT))
+    before = weakref.ref(again.speakers[0].chat)
+    again.load("cpu", 4)
+    gc.collect()
+    assert before() is None  # no visitor's talk keeps the old model in memory
+    language_model = again.speakers[0].chat.model.model.model.language_model
+    assert any(type(module).__name__ == "Linear4bit" for module in language_model.modules())
+    list(ask(session, "Where is it?", again, SHORT))
+    assert len(session.turns) == 2 and session.turns[1].replies[0].done and not session.turns[1].replies[0].error
 
 
 def test_what_the_encoder_cannot_do_is_one_sentence(models, session):
