@@ -189,7 +189,7 @@ def _pictures(examples: list[Example]) -> tuple[gr.Image, gr.Gallery]:
     with gr.Row():
         gallery = gr.Gallery(small, columns=4, height="auto", allow_preview=False, elem_id="examples", min_width=320, **plain)
         sources = ["upload", "clipboard", "webcam"]
-        picture = gr.Image(sources=sources, height=170, elem_id="picture", min_width=320, **plain)
+        picture = gr.Image(sources=sources, height=260, elem_id="picture", min_width=320, **plain)
     # Gradio would decode an upload itself and fail in its own words; its check of where the file lies stays.
     picture.preprocess = lambda payload: payload and payload.path
     return picture, gallery
