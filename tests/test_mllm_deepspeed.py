@@ -75,15 +75,23 @@ def test_two_processes_give_the_loss_curve_of_one(world, one_process, stage, pre
         torch.testing.assert_close(two[key], value, rtol=0.01, atol=moved, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_ranks_without_regions_under_zero3_give_the_loss_curve_of_one_process(world, tiny_folder):
-    """Region tokens with Prompter and tower learning: every process runs them in every step, regions or not."""
-    fields = {"tower": str(tiny_folder), "region_tokens": "prompter", "train": ["projector", "llm", "tower"]}
-    one = launch(world, "regions_one", [sys.executable], batch_size=4, precision="fp32", **fields)
+@pytest.mark.parametrize("geometry", ["pad", "anyres"])
+def test_ranks_without_regions_under_zero3_give_the_loss_curve_of_one_process(world, tiny_folder, geometry):
+    """Region tokens with Prompter and tower learning, on squares and on tiles: every process runs them in every step, regions
+    or not, a picture or none."""
+    fields = {
+        "tower": str(tiny_folder),
+        "region_tokens": "prompter",
+        "train": ["projector", "llm", "tower"],
+        "geometry": geometry,
+    }
+    names = f"{geometry}_one", f"{geometry}_zero3"
+    one = launch(world, names[0], [sys.executable], batch_size=4, precision="fp32", **fields)
     zero = {"zero": "scripts/deepspeed/zero3.json", "precision": "fp32"}
-    two = launch(world, "regions_zero3", deepspeed_command(), batch_size=2, **zero, **fields)
+    two = launch(world, names[1], deepspeed_command(), batch_size=2, **zero, **fields)
     torch.testing.assert_close(two[0], one[0], rtol=2e-4, atol=1e-4)
     torch.testing.assert_close(two[1], one[1], rtol=1e-3, atol=1e-2)
-    weights, expected = (load_mllm(world / name)[0].state_dict() for name in ("regions_zero3", "regions_one"))
+    expected, weights = (load_mllm(world / name)[0].state_dict() for name in names)
     for key, value in expected.items():
         torch.testing.assert_close(weights[key], value, rtol=0.01, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
