@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from encoder.errors import DataError, run_main
 from encoder.vesl.cloc_detector import PROPOSALS
@@ -129,6 +130,7 @@ def given(flags: dict) -> dict:
 
 def main() -> None:
     arguments = parse_arguments()
+    disable_progress_bar()  # transformers' own, which would cut through ours
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.stats else None
     names = read_objects(arguments.objects) if arguments.objects else None
     job = make_job(arguments)

@@ -128,3 +128,12 @@ def test_the_page_shows_the_samples_and_nothing_is_fetched(folder):
     assert whole.count('class="card"') == 3 and "a berry &lt;b&gt;pie&lt;/b&gt;" in whole and "<b>pie" not in whole
     assert "Not found by the detector: 33.3% of 3 things" in whole and "<td>11.6</td>" in whole
     assert page(folder, found, chair, "words", samples=2, seed=1) == text
+
+
+def test_the_page_draws_the_most_confident_boxes(tmp_path):
+    regions = [region(f"thing {n}") | {"score": n / 100} for n in range(25)]
+    fields = {"image": "a.jpg", "width": 30, "height": 20, "captions": ["things"], "regions": regions}
+    write_tar(tmp_path / "0.tar", {"a.jpg": encoded(), "a.json": json.dumps(fields).encode()})
+    folder = LabelFolder(tmp_path)
+    text = page(folder, statistics(folder, words), hallucination([fields]), "words", samples=1)
+    assert "thing 24 0.24" in text and "thing 5 0.05" in text and "thing 4 0.04" not in text and "and 5 more" in text

@@ -13,6 +13,7 @@ from encoder.vesl.stage_files import LabelFolder
 from encoder.vesl.statistics import PUBLISHED, labelled_records
 
 LONG_SIDE = 480  # pixels of a sample on the page
+BOXES = 20  # of an image that are drawn, the most confident ones
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e07b00", "#17becf", "#e377c2", "#8c564b")
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem; max-width: 70rem }
@@ -77,11 +78,14 @@ def _card(shard, sample, record: dict[str, Any]) -> str:
     except DataError as error:  # someone damaged the shard since it was written
         return f'<div class="card"><p>{escape(str(error))}</p></div>'
     draw, phrases = ImageDraw.Draw(picture), []
-    for number, region in enumerate(record["regions"]):
+    best = sorted(record["regions"], key=lambda region: -region["score"])
+    for number, region in enumerate(best[:BOXES]):
         colour = COLOURS[number % len(COLOURS)]
         draw_box(draw, [scale * value for value in region["box"]], colour)
         words = f"{region['phrases'][0]} {region['score']:.2f}"
         phrases.append(f'<span class="phrase" style="--c: {colour}">{escape(words)}</span>')
+    if len(best) > BOXES:
+        phrases.append(f'<span class="quiet">and {len(best) - BOXES} more</span>')
     jpeg = base64.b64encode(as_jpeg(picture)).decode()
     texts = [*record.get("captions", ()), *([f"alt-text: {record['alt_text']}"] if "alt_text" in record else ())]
     lines = "".join(f"<p>{escape(text)}</p>" for text in texts)
