@@ -1,4 +1,4 @@
-"""The stages on a Ray cluster, or on several processes of one machine: actors that hold a model, tasks where there is none.
+"""The stages on a Ray cluster, or on several processes of one machine: actors for each stage, which take a shard at a time.
 
 Not Ray Data: its batches run across blocks, so that what a model is shown with an image would depend on the number of
 workers, and a restart would begin from the input. A shard per call keeps the batches of the in-process engine, and with them
@@ -7,7 +7,6 @@ its bytes, and its files of results are the checkpoints. All nodes must see inpu
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from encoder.errors import DataError
@@ -39,31 +38,32 @@ class RayEngine:
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False)
         there = ray.cluster_resources()
-        actors, number = [], min(self.workers if stage in MODEL_STAGES else int(there.get("CPU", 1)), len(shards))
-        try:
-            if stage in MODEL_STAGES:
-                actor = ray.remote(Worker).options(
-                    num_cpus=self.cpus, num_gpus=int(there.get("GPU", 0) > 0), max_restarts=RETRIES, max_task_retries=RETRIES
+        if stage in MODEL_STAGES:
+            number, options = self.workers, {"num_cpus": self.cpus, "num_gpus": int(there.get("GPU", 0) > 0)}
+            room = min(there.get("CPU", 0) // self.cpus, there.get("GPU") or number)
+            if number > room:  # the rest would wait for ever
+                raise DataError(
+                    f"the cluster has room for {room:.0f} workers of {self.cpus} CPUs each, {number} are asked; ask less"
                 )
-                actors = [actor.remote(job, stage) for _ in range(number)]
-                starts = [each.run.remote for each in actors]
-                first, *others = ray.get([each.describe.remote() for each in actors])
-                if any(other != first for other in others):
-                    raise DataError(f"the workers have different models for {stage}; put the same files on all nodes")
-                check(first)
-            else:
-                starts = [partial(ray.remote(run_stage).options(num_cpus=1, max_retries=RETRIES).remote, job, stage)] * number
-                check(Worker(job, stage).describe())
+        else:
+            number, options = int(there.get("CPU", 1)), {"num_cpus": 1}
+        actor = ray.remote(Worker).options(**options, max_restarts=RETRIES, max_task_retries=RETRIES)
+        actors = [actor.remote(job, stage) for _ in range(min(number, len(shards)))]
+        try:
+            first, *others = ray.get([each.describe.remote() for each in actors])
+            if any(other != first for other in others):
+                raise DataError(f"the workers have different models for {stage}; put the same files on all nodes")
+            check(first)
             waiting, running = list(reversed(shards)), {}
-            for start in starts:
-                running[start(waiting.pop())] = start
+            for each in actors:
+                running[each.run.remote(waiting.pop())] = each
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
-                start = running.pop(done)
+                each = running.pop(done)
                 ray.get(done)
                 progress(1.0)
                 if waiting:
-                    running[start(waiting.pop())] = start
+                    running[each.run.remote(waiting.pop())] = each
         except ray.exceptions.RayTaskError as error:  # the worker's own error, not Ray's account of it
             if isinstance(error.cause, DataError):
                 raise error.cause from None
@@ -76,11 +76,6 @@ class RayEngine:
         finally:
             for each in actors:
                 ray.kill(each)
-
-
-def run_stage(job: LabelJob, stage: str, shard: Input) -> None:
-    """A stage without a model, for one shard."""
-    Worker(job, stage).run(shard)
 
 
 def _ray():
