@@ -44,6 +44,7 @@ def mllm_command(tower: str, out: Path) -> list[str]:
 
 def ship(out: Path, weights: Path) -> None:
     """Copies the four finished folders into `weights`, each with its logs, and writes provenance.json beside them."""
+    made_at = commit()  # before the copies make the tree another one
     for tower in TOWERS:
         _copy(out / tower / "model", weights / tower, {"log.jsonl": out / tower / "log.jsonl"})
         logs = {
@@ -56,7 +57,7 @@ def ship(out: Path, weights: Path) -> None:
     stages = {file.stem: json.loads(file.read_text()) for file in (out / "done").glob("*.json")}
     record = {
         "command": "python scripts/reproduce.py",
-        "commit": commit(),
+        "commit": made_at,
         "seed": 0,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
