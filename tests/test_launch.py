@@ -50,10 +50,11 @@ def test_the_sbatch_example_starts_the_script_with_its_arguments(tmp_path):
     """Run for real, with srun and scontrol replaced by programs that print."""
     script = Path(__file__).parents[1] / "scripts" / "slurm" / "pretrain.sbatch"
     assert script.read_text().startswith("#!/bin/bash\n") and "#SBATCH --requeue" in script.read_text()
-    for name, line in (("srun", 'echo "$MASTER_ADDR $MASTER_PORT $@"'), ("scontrol", "printf 'gpu07\\ngpu08\\n'")):
+    hosts = "for i in {7..999}; do printf 'gpu%02d\\n' $i; done"  # many, so that nothing may stop at the first
+    for name, line in (("srun", 'echo "$MASTER_ADDR $MASTER_PORT $@"'), ("scontrol", hosts)):
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-08]"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-999]"}
     done = subprocess.run(
         ["bash", str(script), "r.yaml", "--shards", "a b/*.tar"], capture_output=True, text=True, env=environment, check=True
     )
