@@ -1,8 +1,7 @@
 """Labels images with captions and regions (VESL): the same shards come back, ready for pretraining.
 
-    python scripts/label_regions.py SHARDS OUTPUT --captioner llava-hf/llava-1.5-7b-hf \\
-        --detector google/owlv2-large-patch14-finetuned
-    python scripts/label_regions.py SHARDS OUTPUT --labels ngrams --detector google/owlv2-large-patch14-finetuned
+    python scripts/label_regions.py SHARDS OUTPUT --captioner llava-hf/llava-1.5-7b-hf
+    python scripts/label_regions.py SHARDS OUTPUT --labels ngrams
     python scripts/label_regions.py IMAGES OUTPUT --captioner keep --detector weights/cloc --stats --tokenizer weights/cloc
 
 SHARDS: WebDataset tars as img2dataset writes them, or region shards; a folder, a pattern in quotes, a URL. IMAGES: a folder.
@@ -20,7 +19,7 @@ from encoder.errors import DataError, run_main
 from encoder.vesl.cloc_detector import PROPOSALS
 from encoder.vesl.hallucination import hallucination, read_objects
 from encoder.vesl.inputs import open_input
-from encoder.vesl.parts import OPENAI7, captioner_part, detector_part, phrases_part
+from encoder.vesl.parts import OPENAI7, OWLV2, captioner_part, detector_part, phrases_part
 from encoder.vesl.phrases import RULES, TAGGERS
 from encoder.vesl.pipeline import label, run_here
 from encoder.vesl.ray_engine import RayEngine
@@ -61,7 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--deduplicate", action="store_true", help="ask for a phrase once")
 
     group = parser.add_argument_group("detections")
-    group.add_argument("--detector", metavar="MODEL", help="name or folder of an OWLv2, OWL-ViT, Grounding DINO, or of a CLOC")
+    group.add_argument("--detector", metavar="MODEL", default=OWLV2, help="name or folder of an OWLv2, OWL-ViT, Grounding DINO, "
+                       "or of a CLOC (default %(default)s, the paper's)")  # fmt: skip
     group.add_argument("--image-size", type=int, metavar="PX", help="side of the detector's input (default 448; a CLOC's own)")
     group.add_argument("--proposals", choices=PROPOSALS, help="where a CLOC's boxes come from (default text; see the guide)")
     group.add_argument("--min-score", type=float, metavar="X", help="keep boxes above (default 0.1; with --labels ngrams 0.3)")
@@ -113,7 +113,7 @@ def make_job(arguments: argparse.Namespace) -> LabelJob:
         LabelFolder(arguments.output),
         captioner=captions,
         phrases=phrases_part(**given(phrases)),
-        detector=detector_part(arguments.detector, arguments.device, **given(detector)) if arguments.detector else None,
+        detector=detector_part(arguments.detector, arguments.device, **given(detector)),
         from_alt_text=ngrams,
         source=arguments.labels,
         caption_batch=arguments.caption_batch,

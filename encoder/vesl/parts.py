@@ -15,6 +15,7 @@ from encoder.vesl.phrases import Phrases
 from encoder.vesl.stages import KEPT_CAPTIONS, Part
 
 KEEP = "keep"
+OWLV2 = "google/owlv2-large-patch14-finetuned"  # the paper's: OWLv2 CLIP L/14 ST+FT
 # OpenAI's seven sentences around a name, which OWLv2's labelling averages (arXiv 2306.09683, Section 3.1).
 OPENAI7 = (
     "itap of a {}.",
@@ -48,7 +49,7 @@ def phrases_part(**fields: Any) -> Part:
 
 def detector_part(path: str, device: str | None = None, **fields: Any) -> Part:
     """A CLOC's folder, or the name or folder of a detector that transformers knows, and fields of its `from_pretrained`."""
-    cls = ClocDetector if _kind(path).startswith("cloc") else Detector
+    cls = ClocDetector if path != OWLV2 and _kind(path).startswith("cloc") else Detector
     if cls is ClocDetector and (wrong := [name for name in ("image_size", "templates") if name in fields]):
         raise DataError(f"{path} is a CLOC, which has its own input and no templates; leave {' and '.join(wrong)} out")
     if cls is Detector and "proposals" in fields:
