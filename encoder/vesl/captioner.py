@@ -70,7 +70,8 @@ class Captioner:
         try:
             kind = AutoConfig.from_pretrained(path).model_type
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path} holds no model that transformers can read ({error}); give a captioner's folder") from error
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path} holds no model that transformers can read ({reason}); give a captioner's folder") from error
         if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise DataError(
                 f"{path} holds a '{kind}' model, which writes no text about images; give one such as BLIP, LLaVA, Qwen-VL"

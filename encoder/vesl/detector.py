@@ -71,7 +71,8 @@ class Detector:
         try:
             kind = AutoConfig.from_pretrained(path).model_type
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path} holds no model that transformers can read ({error}); give a detector's folder") from error
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path} holds no model that transformers can read ({reason}); give a detector's folder") from error
         if kind not in FAMILIES:
             raise DataError(f"{path} holds a '{kind}' model; give a detector of one of the kinds {', '.join(FAMILIES)}")
         wrong = [template for template in templates if template.count("{}") != 1]
