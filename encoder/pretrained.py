@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
@@ -52,6 +53,17 @@ def folder_kind(source: str | Path) -> str:
     if kind not in (*WHOLE, *TOWERS):
         raise DataError(f"{path}: model_type is '{kind}'; a folder of a CLOC, CLIP or SigLIP model, or its tower, is needed")
     return kind
+
+
+def model_kind(path: str | Path, otherwise: str) -> str:
+    """The `model_type` of a folder, or of a name on the model hub, as transformers reads it.
+
+    otherwise: the sentence of the DataError where there is none; `{reason}` is the first line of the library's own
+    """
+    try:
+        return AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(otherwise.replace("{reason}", str(error).splitlines()[0])) from error
 
 
 def load_strict(cls, folder, may_miss: tuple[str, ...] = (), **kwargs):

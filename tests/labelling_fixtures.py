@@ -151,3 +151,10 @@ def img2dataset_shard(path: Path, count: int = 7, first: int = 0) -> Path:
         names[f"{index:09d}.json"] = json.dumps(metadata).encode()
         names[f"{index:09d}.txt"] = f"alt {index}".encode()
     return write_tar(path, names)
+
+
+def img2dataset_shards(folder: Path, counts: tuple[int, ...]) -> Path:
+    """A shard of each of these numbers of images; returns the folder."""
+    for number, count in enumerate(counts):
+        img2dataset_shard(folder / f"{number:05d}.tar", count, first=100 * number)
+    return folder

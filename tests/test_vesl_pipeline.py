@@ -16,6 +16,7 @@ from labelling_fixtures import (
     contents,
     encoded,
     img2dataset_shard,
+    img2dataset_shards,
     members,
     records,
     run,
@@ -32,10 +33,7 @@ from encoder.vesl.stages import KEPT_CAPTIONS, Part
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     """Three shards as img2dataset writes them, 20 images."""
-    folder = tmp_path_factory.mktemp("collection") / "in"
-    for number, count in enumerate((7, 9, 4)):
-        img2dataset_shard(folder / f"{number:05d}.tar", count, first=100 * number)
-    return folder
+    return img2dataset_shards(tmp_path_factory.mktemp("collection") / "in", (7, 9, 4))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from functools import partial
 
 import labelling_fixtures
 import pytest
-from labelling_fixtures import ScriptedCaptioner, contents, img2dataset_shard, run, scripted_job
+from labelling_fixtures import ScriptedCaptioner, contents, img2dataset_shards, run, scripted_job
 
 from encoder.errors import DataError
 from encoder.vesl.ray_engine import RayEngine
@@ -33,10 +33,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("collection") / "in"
-    for number, count in enumerate((5, 2, 4)):
-        img2dataset_shard(folder / f"{number:05d}.tar", count, first=100 * number)
-    return folder
+    return img2dataset_shards(tmp_path_factory.mktemp("collection") / "in", (5, 2, 4))
 
 
 def test_two_workers_write_what_one_process_writes(cluster, collection, tmp_path):

@@ -17,7 +17,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from encoder.errors import DataError
-from encoder.pretrained import load_strict, weights_hash
+from encoder.pretrained import load_strict, model_kind, weights_hash
 
 CHAT_PROMPT = "Describe this image in detail."
 ALT_TEXT = "{alt_text}"
@@ -67,11 +67,7 @@ class Captioner:
         dtype: torch.dtype | str = torch.float32,
     ) -> "Captioner":
         """A folder, or a name on the model hub. Raises DataError for another kind of model, and weights that do not fit."""
-        try:
-            kind = AutoConfig.from_pretrained(path).model_type
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path} holds no model that transformers can read ({reason}); give a captioner's folder") from error
+        kind = model_kind(path, f"{path} holds no model that transformers can read ({{reason}}); give a captioner's folder")
         if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise DataError(
                 f"{path} holds a '{kind}' model, which writes no text about images; give one such as BLIP, LLaVA, Qwen-VL"

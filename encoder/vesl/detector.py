@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from encoder.errors import DataError
-from encoder.pretrained import load_strict, weights_hash
+from encoder.pretrained import load_strict, model_kind, weights_hash
 from encoder.vesl.detections import Detection, best_detections, check_rule
 from encoder.vesl.grounding_dino import GroundingDinoScores
 from encoder.vesl.owl import OwlScores
@@ -68,11 +68,7 @@ class Detector:
         Raises DataError for another kind of model, weights that do not fit, and templates where they have no meaning
         """
         check_rule(min_score, nms_iou)
-        try:
-            kind = AutoConfig.from_pretrained(path).model_type
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path} holds no model that transformers can read ({reason}); give a detector's folder") from error
+        kind = model_kind(path, f"{path} holds no model that transformers can read ({{reason}}); give a detector's folder")
         if kind not in FAMILIES:
             raise DataError(f"{path} holds a '{kind}' model; give a detector of one of the kinds {', '.join(FAMILIES)}")
         wrong = [template for template in templates if template.count("{}") != 1]

@@ -4,10 +4,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-import encoder  # noqa: F401  (teaches AutoConfig the CLOC folders)
 from encoder.errors import DataError
+from encoder.pretrained import model_kind
 from encoder.vesl.captioner import Captioner
 from encoder.vesl.cloc_detector import ClocDetector
 from encoder.vesl.detector import Detector
@@ -49,21 +48,14 @@ def phrases_part(**fields: Any) -> Part:
 
 def detector_part(path: str, device: str | None = None, **fields: Any) -> Part:
     """A CLOC's folder, or the name or folder of a detector that transformers knows, and fields of its `from_pretrained`."""
-    cls = ClocDetector if path != OWLV2 and _kind(path).startswith("cloc") else Detector
+    otherwise = f"{path} is no model that can be read ({{reason}}); give a detector's folder or name, or a CLOC"
+    # The default is no CLOC, and is asked for at the hub only by a stage that runs it.
+    cls = ClocDetector if path != OWLV2 and model_kind(path, otherwise).startswith("cloc") else Detector
     if cls is ClocDetector and (wrong := [name for name in ("image_size", "templates") if name in fields]):
         raise DataError(f"{path} is a CLOC, which has its own input and no templates; leave {' and '.join(wrong)} out")
     if cls is Detector and "proposals" in fields:
         raise DataError(f"{path} is no CLOC and makes its own proposals; leave proposals out")
     return Part(partial(_load, cls, path, device, fields), {"detector": path} | _plain(fields))
-
-
-def _kind(path: str) -> str:
-    """A model's kind as its config.json says it."""
-    try:
-        return AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is no model that can be read ({reason}); give a detector's folder or name, or a CLOC") from error
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
