@@ -50,6 +50,20 @@ def _decompress(counts: str | bytes) -> list[int]:
     return runs
 
 
+def plain_run_lengths(mask_HW: np.ndarray) -> dict:
+    """(H, W) bool -> COCO's uncompressed encoding: column by column, the first run of pixels outside. Needs no pycocotools."""
+    line = mask_HW.flatten(order="F")
+    edges = np.flatnonzero(np.diff(line, prepend=False, append=not line[-1]))
+    return {"size": list(mask_HW.shape), "counts": np.diff(edges, prepend=0).tolist()}
+
+
+def inner_pixels(mask_HW: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels that have the mask on all four sides, or the mask itself where there are none."""
+    padded = np.pad(mask_HW, 1)
+    inner = mask_HW & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return inner if inner.any() else mask_HW
+
+
 def decode_mask(rle: dict) -> np.ndarray:
     """A compressed run-length encoding -> (H, W) bool."""
     return _rle_tools().decode(rle).astype(bool)

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from encoder.data.sources.labelled import read_json
 from encoder.errors import DataError, run_main
+from encoder.masks import decode_mask, inner_pixels, run_lengths
 from eval.coco_files import FREQUENCIES
 from eval.predictions import write_whole
 
@@ -93,8 +94,6 @@ def _names(category: dict) -> set[str]:
 
 def _mask(row: dict, image: dict, lvis: Path) -> np.ndarray:
     """(H, W) bool."""
-    from encoder.masks import decode_mask, run_lengths
-
     try:
         return decode_mask(run_lengths(row["segmentation"], image["width"], image["height"]))
     except DataError:
@@ -105,12 +104,9 @@ def _mask(row: dict, image: dict, lvis: Path) -> np.ndarray:
 
 def point_inside(mask_HW: np.ndarray) -> list[float]:
     """x, y: middle of the pixel nearest to the mask's centroid that has the mask on all sides, or of any of the mask."""
-    padded = np.pad(mask_HW, 1)
-    inner = mask_HW & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     rows, columns = np.nonzero(mask_HW)
     centre = rows.mean(), columns.mean()
-    if inner.any():
-        rows, columns = np.nonzero(inner)
+    rows, columns = np.nonzero(inner_pixels(mask_HW))
     nearest = int(((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2).argmin())
     return [float(columns[nearest]) + 0.5, float(rows[nearest]) + 0.5]
 

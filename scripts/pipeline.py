@@ -31,16 +31,18 @@ def training_data(scenes: Path, train: Path | None = None) -> list[str]:
     return [*data, "--images", str(scenes / "images")]
 
 
-def balanced_data(scenes: Path) -> list[str]:
+def balanced_data(scenes: Path, names: str = "names") -> list[str]:
     """As `training_data`, but with the name of every object and three tenths of the questions, most of which are for a box.
+
+    names: the folder of questions for names, `names` or `pointed`
 
     A box in words has 18 tokens and a name 2.5, and tokens are what the loss counts: names are 6% of those in the questions
     alone, and 29% in this mixture.
     """
     scenes.parent.mkdir(parents=True, exist_ok=True)
-    mixture = scenes.parent / f"{scenes.name}_balanced.yaml"
-    names, questions = (str(scenes / kind / "train.json") for kind in ("names", "questions"))
-    mixture.write_text(yaml.safe_dump([{"path": names}, {"path": questions, "weight": 0.3}]))
+    mixture = scenes.parent / f"{scenes.name}_{'balanced' if names == 'names' else names}.yaml"
+    asked, questions = (str(scenes / kind / "train.json") for kind in (names, "questions"))
+    mixture.write_text(yaml.safe_dump([{"path": asked}, {"path": questions, "weight": 0.3}]))
     return training_data(scenes, mixture)
 
 

@@ -123,6 +123,38 @@ def test_names_ask_for_every_object_once(folder):
     assert sorted(asked) == sorted(truth)
 
 
+def test_pointed_questions_ask_for_every_object_once_by_box_point_or_outline(folder):
+    """Against the outlines of the instances file: a point lies on its object where no later object covers it."""
+    rle_tools = pytest.importorskip("pycocotools.mask", reason="needs the extra eval")
+    data = read_json(folder / "regions" / "seen.json")
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    truth = {image["file_name"]: [] for image in data["images"]}
+    files = {image["id"]: image["file_name"] for image in data["images"]}
+    for annotation in data["annotations"]:
+        mask = rle_tools.decode(rle_tools.frPyObjects(annotation["segmentation"], *annotation["segmentation"]["size"]))
+        truth[files[annotation["image_id"]]].append((annotation, mask.astype(bool)))
+    asked = {"box": 0, "point": 0, "mask": 0}
+    records = read_json(folder / "pointed" / "val.json")
+    for record in records:
+        question, answer = (turn["value"] for turn in record["conversations"])
+        ((kind, value),) = record["regions"][0].items()
+        index = int(record["id"].rpartition("/")[2])
+        annotation, mask = truth[record["image"]][index]
+        assert question == "<image>\nWhat is <region:0>?" and answer == names[annotation["category_id"]]
+        asked[kind] += 1
+        if kind == "box":
+            left, top, width, height = annotation["bbox"]
+            assert value == [left, top, left + width, top + height]
+        elif kind == "mask":
+            assert value == annotation["segmentation"]
+        else:
+            column, row = map(int, value)
+            assert value == [column + 0.5, row + 0.5] and mask[row, column]
+            assert not any(later[row, column] for _, later in truth[record["image"]][index + 1 :])
+    assert len({record["id"] for record in records}) == len(records) == len(data["annotations"])
+    assert all(abs(count / len(records) - 1 / 3) < 0.1 for count in asked.values())
+
+
 def test_refcoco_layout(folder):
     data = (folder / "refcoco" / "refs(unc).p").read_bytes()
     operations = list(pickletools.genops(data))

@@ -1,7 +1,7 @@
 """Scenes in the formats that real data has: WebDataset region shards, LLaVA conversations, RefCOCO, COCO instances.
 
 A folder of scenes holds `manifest.json` (written last), `images/<split>/<id>.png`, `shards/train/*.tar`,
-`conversations/{train,val}.json`, `questions/{train,val}.json` and `names/{train,val}.json` (one question a record),
+`conversations/{train,val}.json`, and with one question a record `questions/`, `names/` and `pointed/{train,val}.json`,
 `refcoco/{refs(unc).p, instances.json}` and `regions/{seen,unseen}.json`. Boxes are pixel xyxy floats, but xywh in the two
 COCO-style files, as that format has it.
 """
@@ -18,19 +18,19 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from encoder.data.pictures import Picture, load_library, photographs
-from encoder.data.scene_questions import conversation, name_questions, single_questions
-from encoder.data.scenes import DrawnScene, PictureLibrary, SceneConfig, SceneObject, draw_scene
+from encoder.data.scene_questions import conversation, name_questions, pointed_questions, single_questions
+from encoder.data.scenes import DrawnScene, PictureLibrary, SceneConfig, draw_scene
 from encoder.errors import DataError
+from encoder.masks import plain_run_lengths
 
 FORMAT = "scenes/1"
 SHARD_SCENES = 1000
 EVAL_SPLITS = ("val", "testA", "testB")
-LLAVA_KINDS = ("conversations", "questions", "names")
+LLAVA_KINDS = ("conversations", "questions", "names", "pointed")
 EVAL_CHUNK = 50  # scenes drawn by a worker at a time where the number needed is not known beforehand
 
 
@@ -129,7 +129,7 @@ class CocoFiles:
                     "bbox": box_xywh,
                     "area": box_xywh[2] * box_xywh[3],
                     "iscrowd": 0,
-                    "segmentation": _run_lengths(item, width, height),
+                    "segmentation": plain_run_lengths(item.on_canvas(width, height)),
                 }
             )
         if split is None:
@@ -166,16 +166,6 @@ class CocoFiles:
                 {"id": number, "name": name, "supercategory": "picture"} for name, number in self.category_ids.items()
             ],
         }
-
-
-def _run_lengths(item: SceneObject, width: int, height: int) -> dict:
-    """An object's outline as COCO's run-length encoding: column by column, the first run of pixels outside."""
-    mask = np.zeros((height, width), bool)
-    left, top, right, bottom = map(int, item.box)
-    mask[top:bottom, left:right] = item.mask
-    line = mask.flatten(order="F")
-    edges = np.flatnonzero(np.diff(line, prepend=False, append=not line[-1]))
-    return {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
 
 
 # What every worker process works with; pictures are loaded, and their errors raised, in the main process.
@@ -218,6 +208,7 @@ def _llava_records(scenes: list[DrawnScene], job: SceneJob) -> dict[str, list[di
         "conversations": [conversation(drawn, job.seed, job.turns) for drawn in scenes],
         "questions": [record for drawn in scenes for record in single_questions(drawn, job.seed, job.questions)],
         "names": [record for drawn in scenes for record in name_questions(drawn)],
+        "pointed": [record for drawn in scenes for record in pointed_questions(drawn, job.seed)],
     }
 
 

@@ -2,8 +2,11 @@
 
 from random import Random
 
+import numpy as np
+
 from encoder.data.prompts import GROUNDING_QUESTION, REFERRING_QUESTION
 from encoder.data.scenes import DrawnScene
+from encoder.masks import inner_pixels, plain_run_lengths
 
 
 def conversation(drawn: DrawnScene, seed: int, turns: int) -> dict:
@@ -38,7 +41,7 @@ def conversation(drawn: DrawnScene, seed: int, turns: int) -> dict:
     messages = []
     for region, index in asked:
         messages += _where(rng.choice(texts[index]), region) if index in grounding else _what(objects[index].name, region)
-    return _llava_record(drawn, drawn.name, messages, chosen)
+    return _llava_record(drawn, drawn.name, messages, [_box(drawn, index) for index in chosen])
 
 
 def single_questions(drawn: DrawnScene, seed: int, number: int) -> list[dict]:
@@ -51,14 +54,51 @@ def single_questions(drawn: DrawnScene, seed: int, number: int) -> list[dict]:
     chosen = rng.sample(expressions, min(len(expressions), number - num_names))
     asked += [(index, _where(text, 0)) for index, text, _ in chosen]
     return [
-        _llava_record(drawn, f"{drawn.name}/{position}", messages, [index]) for position, (index, messages) in enumerate(asked)
+        _llava_record(drawn, f"{drawn.name}/{position}", messages, [_box(drawn, index)])
+        for position, (index, messages) in enumerate(asked)
     ]
 
 
 def name_questions(drawn: DrawnScene) -> list[dict]:
     """One LLaVA record for each object of a scene: what is in its box?"""
-    asked = enumerate(drawn.scene.objects)
-    return [_llava_record(drawn, f"{drawn.name}/name/{index}", _what(item.name, 0), [index]) for index, item in asked]
+    return [
+        _llava_record(drawn, f"{drawn.name}/name/{index}", _what(item.name, 0), [_box(drawn, index)])
+        for index, item in enumerate(drawn.scene.objects)
+    ]
+
+
+def pointed_questions(drawn: DrawnScene, seed: int) -> list[dict]:
+    """One LLaVA record for each object of a scene: what is in its box, at a point of it, under its outline? The three ways take
+    turns, so that each has a third of all objects."""
+    rng = Random(f"{seed}/pointed/{drawn.name}")
+    ways = (_box, lambda drawn, index: _point(drawn, index, rng), _outline)
+    first = rng.randrange(len(ways))
+    return [
+        _llava_record(
+            drawn,
+            f"{drawn.name}/pointed/{index}",
+            _what(item.name, 0),
+            [ways[(first + index) % len(ways)](drawn, index)],
+        )
+        for index, item in enumerate(drawn.scene.objects)
+    ]
+
+
+def _box(drawn: DrawnScene, index: int) -> dict:
+    return {"box": list(drawn.scene.objects[index].box)}
+
+
+def _outline(drawn: DrawnScene, index: int) -> dict:
+    """All of its pixels, those that later objects cover included, as in the instances files."""
+    return {"mask": plain_run_lengths(drawn.scene.objects[index].on_canvas(*drawn.size))}
+
+
+def _point(drawn: DrawnScene, index: int, rng: Random) -> dict:
+    """The middle of any pixel of it that is seen, off its edge."""
+    masks = [item.on_canvas(*drawn.size) for item in drawn.scene.objects[index:]]
+    seen_HW = masks[0] & ~np.any(masks[1:], axis=0) if masks[1:] else masks[0]
+    y, x = rng.choice(np.argwhere(inner_pixels(seen_HW)).tolist())
+    return {"point": [x + 0.5, y + 0.5]}
 
 
 def _where(expression: str, region: int) -> list[dict]:
@@ -73,8 +113,8 @@ def _turn(question: str, answer: str) -> list[dict]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def _llava_record(drawn: DrawnScene, identity: str, messages: list[dict], regions: list[int]) -> dict:
-    """regions: indices of the objects that `<region:i>` and `<box:i>` count through"""
+def _llava_record(drawn: DrawnScene, identity: str, messages: list[dict], regions: list[dict]) -> dict:
+    """regions: what `<region:i>` and `<box:i>` count through"""
     messages[0]["value"] = "<image>\n" + messages[0]["value"]
     width, height = drawn.size
     return {
@@ -83,7 +123,7 @@ def _llava_record(drawn: DrawnScene, identity: str, messages: list[dict], region
         "width": width,
         "height": height,
         "conversations": messages,
-        "regions": [{"box": list(drawn.scene.objects[index].box)} for index in regions],
+        "regions": regions,
     }
 
 

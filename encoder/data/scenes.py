@@ -86,6 +86,13 @@ class SceneObject(NamedBox):
     phrases: tuple[str, ...] = ()
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
+    def on_canvas(self, width: int, height: int) -> np.ndarray:
+        """(height, width) bool: its pixels in the picture, those that later objects cover included."""
+        mask_HW = np.zeros((height, width), bool)
+        left, top, right, bottom = map(int, self.box)
+        mask_HW[top:bottom, left:right] = self.mask
+        return mask_HW
+
 
 @dataclass(frozen=True)
 class Scene:
