@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from shapes import LLM, TOWER
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from mllm.config import MllmConfig
@@ -27,25 +28,14 @@ from mllm.tokenizer import fast_tokenizer, train_sentencepiece
 from mllm.trainer import parameter_groups
 
 BAR = 2e9  # bytes beyond the low-bit weights
-LLM = {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
-TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
 
 
 def write_parts(folder: Path) -> None:
     """A language model and a tower of these shapes, in bfloat16, as their releases are."""
-    LlamaForCausalLM(LlamaConfig(**LLM)).bfloat16().save_pretrained(folder / "llm")
+    LlamaForCausalLM(LlamaConfig(**LLM, dtype="bfloat16")).bfloat16().save_pretrained(folder / "llm")
     words = (f"word {number} of a small vocabulary" for number in range(2000))
     fast_tokenizer(train_sentencepiece(words, 300), 2048).save_pretrained(folder / "llm")
-    CLIPVisionModel(CLIPVisionConfig(**TOWER, image_size=224)).bfloat16().save_pretrained(folder / "tower")
+    CLIPVisionModel(CLIPVisionConfig(**TOWER)).bfloat16().save_pretrained(folder / "tower")
 
 
 def step(folder: Path, arguments: argparse.Namespace) -> dict:

@@ -2,6 +2,7 @@
 
     python eval/ferret_bench.py --model runs/mllm_cloc --data ferret_gpt4_data --images val2017 --out runs/eval_cloc \
         --judge-url http://localhost:8000/v1 --judge MODEL
+    python eval/ferret_bench.py ... --judge FOLDER_OF_A_LANGUAGE_MODEL
 
 The judge sees objects and captions of the picture as text, the question, a reference answer and ours, and gives each a mark
 from 1 to 10; the score is 100 * (mean of our marks) / (mean of the reference's). Answers come first and stay; replies of the
@@ -21,8 +22,10 @@ from encoder.errors import DataError, run_main
 from encoder.geometry import Geometry
 from eval.json_lines import json_lines
 from eval.judge import Judge
+from eval.local_judge import LocalJudge
 from eval.predictions import Prediction, Target, load_evaluation, write_whole
 from eval.runner import Part, benchmark_parser, image_folder, needs_words, picture_size, run_benchmark
+from eval.scoring import score_folder, score_run
 from mllm.box_text import BoxCodec
 
 # Category -> its folder, by both of the names it has had.
@@ -32,7 +35,9 @@ FOLDERS = {
     "ground_conv": ("ground_conv",),
 }
 QUESTIONS = 40  # of each category
+REPLY_TOKENS = 1024  # the longest reply of a judge
 BRACKET = re.compile(r"\[([^\[\]]*)\]")
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 def category_folder(data: Path, category: str) -> Path:
@@ -92,8 +97,9 @@ def for_the_judge(answer: str, target: Target, protocol: dict) -> str:
 
 
 def marks_in(reply: str) -> tuple[float, float] | None:
-    """(reference's, ours) of the reply's first line: two numbers apart by a blank or comma; None for anything else."""
-    lines = reply.strip().splitlines()
+    """(reference's, ours) of the reply's first line behind what the judge thought: two numbers apart by a blank or comma;
+    None for anything else."""
+    lines = THOUGHT.sub("", reply).strip().splitlines()
     numbers = lines[0].replace(",", " ").split() if lines else []
     try:
         first, second = map(float, numbers)
@@ -125,14 +131,14 @@ def judge_category(folder: Path, data: Path, judge: Judge) -> dict:
         else:
             unread.append(target.id)
     if not marks:
-        raise DataError(f"{judge.url}: no reply of '{judge.model}' begins with two marks from 1 to 10; choose a stronger judge")
+        raise DataError(f"judge '{judge.model}': no reply begins with two marks from 1 to 10; choose a stronger one")
     means = {key: sum(mark[key] for mark in marks) / len(marks) for key in ("reference", "ours")}
     result = {
         "score": 100 * means["ours"] / means["reference"],
         "mean_marks": means,
         "n": len(marks),
         "without_marks": unread,
-        "judge": {"model": judge.model, "url": judge.url, **judge.options},
+        "judge": judge.record,
         "rule_sha256": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
         "completeness": evaluation.protocol["completeness"],
         "marks": marks,
@@ -165,18 +171,20 @@ def main() -> None:
     parser = benchmark_parser(__doc__, data="ferret/eval/ferret_gpt4_data of ml-ferret")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
     group = parser.add_argument_group("judge")
-    group.add_argument("--judge", help="the judge's name, as its server calls it; there is no default")
-    group.add_argument("--judge-url", help="address of chat completions up to /v1; there is no default")
+    group.add_argument("--judge", help="its name, as its server calls it, or a language model's folder; there is no default")
+    group.add_argument("--judge-url", help="address of chat completions up to /v1, where --judge is no folder")
     group.add_argument("--judge-key", default="OPENAI_API_KEY", help="environment variable with the key (default: %(default)s)")
     group.add_argument("--temperature", type=float, default=0.2, help="of the judge (default: %(default)s, Ferret's)")
     args = parser.parse_args()
-    if (args.judge is None) != (args.judge_url is None):
-        raise DataError("--judge and --judge-url are given together: which model, and where")
+    if args.judge_url and args.judge is None or args.judge and not args.judge_url and not Path(args.judge).is_dir():
+        raise DataError("--judge and --judge-url are given together, which model and where, or --judge alone with a folder")
     unknown = set(args.split or ()) - FOLDERS.keys()
     if unknown:
         raise DataError(f"--split {sorted(unknown)[0]} is no category; choose among {', '.join(FOLDERS)}")
-    if args.score_only and (args.judge is None or args.data is None):
-        raise DataError("--score-only asks the judge again, for which --data, --judge and --judge-url are needed")
+    if args.score_only and args.judge is None:
+        return score_run(args.out)
+    if args.score_only and args.data is None:
+        raise DataError("--score-only with --judge asks the judge about the answers, for which --data is needed")
 
     def ask(answerer, part: Part):
         mllm = needs_words(answerer, args.model)
@@ -186,12 +194,20 @@ def main() -> None:
         run_benchmark(args, lambda: [read_part(args, c) for c in args.split or FOLDERS], ask=ask, scored=False)
     if args.judge is None or int(os.environ.get("RANK", "0")) > 0:  # the judge is asked by one process
         return
-    judge = Judge(args.judge_url, args.judge, args.out / "ferret_bench" / "judge", args.temperature, 1024, args.judge_key)
+    cache = args.out / "ferret_bench" / "judge"
+    if args.judge_url:
+        judge = Judge(args.judge_url, args.judge, cache, args.temperature, REPLY_TOKENS, args.judge_key)
+    else:
+        judge = LocalJudge(Path(args.judge), cache, args.temperature, REPLY_TOKENS, args.device)
     scores = []
     for category in args.split or FOLDERS:
-        result = judge_category(args.out / "ferret_bench" / category, args.data, judge)
+        folder = args.out / "ferret_bench" / category
+        result = judge_category(folder, args.data, judge)
         scores.append(result["score"])
-        print(f"ferret_bench/{category:<14} {result['score']:.1f}  n {result['n']}  without marks {len(result['without_marks'])}")
+        judged = score_folder(folder)["judged"]
+        limits = f"[{100 * judged['low']:.1f}, {100 * judged['high']:.1f}]"
+        counts = f"n {result['n']}  without marks {len(result['without_marks'])}  ({result['completeness']})"
+        print(f"ferret_bench/{category:<14} {result['score']:.1f} {limits}  {counts}")
     print(f"mean of {len(scores)} categories {sum(scores) / len(scores):.1f}, judge {args.judge}: {args.out / 'ferret_bench'}")
 
 

@@ -46,6 +46,11 @@ class Judge:
         self.asked = 0
         self.waits = WAITS
 
+    @property
+    def record(self) -> dict:
+        """What tells this judge from another."""
+        return {"model": self.model, "url": self.url, **self.options}
+
     def reply(self, content: str) -> str:
         """The judge's words to `content`: from the cache, or asked for and then kept. DataError where none can be had."""
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]

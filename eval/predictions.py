@@ -228,10 +228,17 @@ def load_evaluation(folder: Path) -> Evaluation:
             f"{path}: {len(missing)} of {len(targets)} questions are not answered (the first is id {missing[0]}); "
             "run the evaluation again with the same --out to go on"
         )
+    asked = run["protocol"].get("task") in ("grounding", "phrases")  # whose prompts hold the target's words
     for target in targets:
-        if by_id[target.id].image != target.image:
+        answer = by_id[target.id]
+        if answer.image != target.image:
             raise DataError(
-                f"{path}: id {target.id} is answered about {by_id[target.id].image}, the question is about {target.image}; "
+                f"{path}: id {target.id} is answered about {answer.image}, the question is about {target.image}; "
+                "these are predictions of another split or data set"
+            )
+        if asked and target.text not in answer.prompt:
+            raise DataError(
+                f"{path}: id {target.id} was asked '{answer.prompt[:60]}', the question is about '{target.text[:60]}'; "
                 "these are predictions of another split or data set"
             )
     if len(by_id) > len(targets):

@@ -20,6 +20,7 @@ PUBLISHED = {
     ("refcoco", "unc"): {"val": (3811, 10834), "testA": (1975, 5657), "testB": (1810, 5095)},
     ("refcoco+", "unc"): {"val": (3805, 10758), "testA": (1975, 5726), "testB": (1798, 4889)},
     ("refcocog", "umd"): {"val": (2573, 4896), "test": (5023, 9602)},
+    ("refcoco", "google"): {"val": (5000, None), "test": (5000, None)},
     ("refcocog", "google"): {"val": (5000, None)},
 }
 # Ref-L4's card and paper give the number of expressions of both splits together, which its results are of.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from encoder.errors import DataError
+from encoder.geometry import Geometry
 from eval.judge import read_judged
 from eval.metrics import (
     THRESHOLDS,
@@ -170,16 +171,28 @@ def score_questions(evaluation: Evaluation) -> Scored:
 
 
 def refuse_other_codec(evaluation: Evaluation) -> None:
-    """DataError where an answer's box is not what its words say in the codec that run.json states."""
+    """DataError where an answer's box is not what its words say, in the codec and the geometry that run.json states."""
     name = evaluation.protocol.get("codec")
     if name not in CODECS:  # a BoxHead's or a ranking's boxes are no words
         return
-    codec = BoxCodec(name)
-    for prediction in evaluation.predictions:
-        if prediction.box is not None and codec.decode(prediction.raw)[0] is None:
+    codec, path = BoxCodec(name), evaluation.folder / "predictions.jsonl"
+    mode, size = evaluation.protocol.get("geometry"), evaluation.run["model"].get("image_size")
+    for target, prediction in zip(evaluation.targets, evaluation.predictions, strict=True):
+        said, box = codec.decode(prediction.raw)[0], prediction.box
+        if box is not None and said is None:
             raise DataError(
-                f"{evaluation.folder}/predictions.jsonl: id {prediction.id} has a box, but its words {prediction.raw[:50]!r} "
+                f"{path}: id {prediction.id} has a box, but its words {prediction.raw[:50]!r} "
                 f"hold none in codec '{name}'; these are predictions in another codec"
+            )
+        if said is None or mode is None or size is None:
+            continue
+        expected = Geometry(mode, target.width, target.height, size).boxes_to_image(said).tolist()
+        if not (expected[0] < expected[2] and expected[1] < expected[3]):
+            expected = None  # in the padding
+        if (box is None) != (expected is None) or box is not None and not np.allclose(box, expected, atol=0.01):
+            raise DataError(
+                f"{path}: id {prediction.id} has the box {box}, its words {prediction.raw[:50]!r} are {expected} in pixels of "
+                "the picture; boxes are in another frame or codec, evaluate again"
             )
 
 

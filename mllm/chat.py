@@ -23,6 +23,7 @@ from mllm.conversation import IMAGE
 from mllm.generation import Box, GroundingModel
 from mllm.lora import quantize
 from mllm.packing import attends_to_all
+from mllm.prefix_cache import CACHE, new_state
 
 MAX_NEW_TOKENS = 128
 _ASKED = re.compile(r"where (?:is|are) (.+?)[?.! ]*$", re.IGNORECASE | re.DOTALL)
@@ -244,18 +245,18 @@ class Talk:
         shared = min(len(commonprefix([ids, self._read])), len(ids) - 1)  # the last one is run, for what comes next
         picture_end = len(ids) - ids[::-1].index(self._model.image_token_id)
         if shared < picture_end or not attends_to_all(model.config.text_config, len(ids) + max_new_tokens):
-            shared, self._state = 0, None  # a window has forgotten the tokens that stand before it
+            shared = 0  # a window has forgotten the tokens that stand before it
         elif shared < len(self._read):
             self._state.crop(shared - len(self._read))  # a negative number is how many to forget
         read, feed = ids[:shared], ids[shared:]
         more = self._region_features(feed)
         if not shared:
+            self._state = new_state(model)
             more |= self._model.picture_inputs([self.image])
         for _ in range(max_new_tokens):
             self._read = []  # and so it stays if the run is broken off half way
             fed = torch.tensor([feed], device=device)
-            out = model(input_ids=fed, past_key_values=self._state, use_cache=True, logits_to_keep=1, **more)
-            self._state, more = out.past_key_values, {}
+            out, more = model(input_ids=fed, **{CACHE: self._state}, use_cache=True, logits_to_keep=1, **more), {}
             self._read = read = read + feed
             token = next_token(out.logits[0, -1], temperature)
             if token in self._model.end_ids:

@@ -18,6 +18,7 @@ from mllm.box_text import BoxCodec
 from mllm.checkpoint import load_mllm
 from mllm.conversation import IMAGE, number_regions, question_with_boxes, regions_named
 from mllm.packing import attends_to_all
+from mllm.prefix_cache import CACHE, new_state, spread
 from mllm.regions import COORDS, REGION_TOKEN, RegionTable, as_region
 from mllm.templates import end_token_ids
 
@@ -159,7 +160,7 @@ class GroundingModel:
         longest = len(widened) + max(map(len, questions)) + max_new_tokens
         if attends_to_all(self.model.config.text_config, longest):
             ids_BL, mask_BL = self._padded([widened] * len(questions), questions)
-            more = {"past_key_values": self._prefix_state(widened, images)}
+            more = {CACHE: self._prefix_state(widened, images, longest - len(widened))}
         else:  # A window would count the padding, and forget the prefix: every question in a row of its own from the start.
             ids_BL, mask_BL = self._padded([[]] * len(questions), [widened + question for question in questions])
             more = self.picture_inputs(images)
@@ -183,16 +184,15 @@ class GroundingModel:
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
-    def _prefix_state(self, widened: list[int], images: list[Image.Image]):
-        """Keys and values of the prefix, a row a question; each distinct picture is run once."""
+    def _prefix_state(self, widened: list[int], images: list[Image.Image], room: int):
+        """Keys and values of the prefix, a row a question, and room for more tokens; each distinct picture is run once."""
         distinct = {id(image): image for image in images}
         ids_IP = torch.tensor([widened] * len(distinct), device=self.model.device)
         inputs = self.picture_inputs(list(distinct.values()))
-        state = self.model.model(input_ids=ids_IP, **inputs, use_cache=True).past_key_values
-        if len(distinct) < len(images):
-            place = {key: row for row, key in enumerate(distinct)}
-            state.batch_select_indices(torch.tensor([place[id(image)] for image in images], device=self.model.device))
-        return state
+        state = new_state(self.model)
+        self.model.model(input_ids=ids_IP, **inputs, **{CACHE: state}, use_cache=True)
+        place = {key: row for row, key in enumerate(distinct)}
+        return spread(state, torch.tensor([place[id(image)] for image in images], device=self.model.device), room)
 
     def _padded(self, starts: list[list[int]], ends: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of a start, padding and an end, and their attention mask: (B, P + L) each. All starts are of one length."""

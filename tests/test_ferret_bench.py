@@ -1,19 +1,24 @@
 """Ferret-Bench against a local server that speaks chat completions: answers, prompts, marks, kept replies, going on."""
 
+import itertools
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from dataset_fixtures import put
 from eval_fixtures import run, write_picture
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from encoder.errors import DataError
 from eval import ferret_bench
 from eval.compare import load_runs, refuse_different_protocol
 from eval.ferret_bench import for_the_judge, marks_in, regions_of
 from eval.judge import Judge
+from eval.local_judge import LocalJudge
 from eval.predictions import Target, load_evaluation
 from eval.scoring import score_folder, score_run
 
@@ -106,7 +111,7 @@ def test_answers_are_marked_kept_and_gone_on_from(bench, server, capsys, monkeyp
     monkeypatch.setenv("SOME_KEY", "secret")
     flags = ["--data", bench / "data", "--out", bench / "run", "--score-only", "--judge-url", server.url + "/"]
     flags += ["--judge", "m", "--judge-key", "SOME_KEY"]
-    with pytest.raises(DataError, match="no reply of 'm' begins with two marks"):
+    with pytest.raises(DataError, match="judge 'm': no reply begins with two marks"):
         run(ferret_bench, *flags)
     server.replies = {"Rate refer_reason.": "9 9", "? 1": "10, 7.5\nfine"}
     for kept in (bench / "run/ferret_bench/judge").glob("*.json"):
@@ -139,8 +144,6 @@ def test_answers_are_marked_kept_and_gone_on_from(bench, server, capsys, monkeyp
 
 
 def test_another_judge_is_another_protocol(bench, server, tmp_path):
-    import shutil
-
     folders = [shutil.copytree(bench / "run", tmp_path / name) for name in ("a", "b")]
     for folder, judge in zip(folders, ("m", "other"), strict=True):
         flags = ["--data", bench / "data", "--out", folder, "--score-only", "--judge-url", server.url, "--judge", judge]
@@ -189,7 +192,8 @@ def test_the_key_stays_with_its_server_and_an_empty_reply_is_not_kept(server, tm
 
 @pytest.mark.parametrize(
     ("reply", "marks"),
-    [("8 4", (8, 4)), ("8.5, 7\nwell", (8.5, 7)), ("\n9 10", (9, 10)), ("8", None), ("Assistant 1: 8", None), ("", None),
+    [("<think>\n1 2\n</think>\n\n8 4", (8, 4)), ("<think>8 4", None),
+     ("8 4", (8, 4)), ("8.5, 7\nwell", (8.5, 7)), ("\n9 10", (9, 10)), ("8", None), ("Assistant 1: 8", None), ("", None),
      ("0 5", None), ("8 11", None), ("nan 5", None), ("8 4 2", None)],
 )  # fmt: skip
 def test_the_first_line_holds_two_marks(reply, marks):
@@ -213,10 +217,60 @@ def test_boxes_go_to_the_judge_in_the_pictures_own_frame():
         regions_of("the [red] one", 80, 40)
 
 
+def write_judge(folder, reply):
+    """A language model in which a token alone decides the next one: whatever is asked, it says `reply` and ends."""
+    tokenizer = AutoTokenizer.from_pretrained(MLLM)
+    start = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, return_dict=True)
+    chain = [start["input_ids"][-1], *tokenizer.encode(reply, add_special_tokens=False), tokenizer.eos_token_id]
+    assert len(set(chain)) == len(chain)
+    size = len(tokenizer)
+    sizes = {"hidden_size": size, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 5, "vocab_size": size}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    llm = LlamaForCausalLM(LlamaConfig(**sizes, head_dim=2, **ids))
+    with torch.no_grad():
+        for parameter in (*llm.model.layers.parameters(), llm.lm_head.weight):
+            parameter.zero_()
+        llm.model.embed_tokens.weight.copy_(torch.eye(size))
+        for token, following in itertools.pairwise(chain):
+            llm.lm_head.weight[following, token] = 1
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_in_a_folder_judges_without_a_server(bench, tmp_path, capsys):
+    folder, judge = shutil.copytree(bench / "run", tmp_path / "run"), write_judge(tmp_path / "judge", "9, 6")
+    shutil.rmtree(folder / "ferret_bench/judge", ignore_errors=True)
+    flags = ["--data", bench / "data", "--out", folder, "--score-only", "--temperature", 0]
+    run(ferret_bench, *flags, "--judge", judge)
+    output = capsys.readouterr().out
+    assert "refer_reason   66.7 [66.7, 66.7]  n 2  without marks 0  (PARTIAL: the file has 2 of 40 questions)" in output
+    judged = json.loads((folder / "ferret_bench/refer_desc/judged.json").read_text())
+    assert judged["judge"]["model"] == "judge" and judged["judge"]["url"].startswith("weights ")
+    kept = sorted((folder / "ferret_bench/judge").iterdir())
+    assert len(kept) == 6 and all(json.loads(path.read_text())["reply"].strip() == "9, 6" for path in kept)
+    run(ferret_bench, "--out", folder, "--score-only")  # without a judge: the marks there are
+    assert capsys.readouterr().out.count("judged 66.7") == 3
+
+    local = LocalJudge(judge, tmp_path / "kept", 0.7, 8)
+    assert local._inputs([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])["input_ids"].shape[0] == 1
+    local.tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    assert "S\\n\\nU" in local.tokenizer.decode(
+        local._inputs([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])["input_ids"][0]
+    )
+    with pytest.raises(DataError, match="is no folder of a causal language model"):
+        run(ferret_bench, *flags, "--judge", tmp_path)
+    template = judge / "chat_template.jinja"
+    template.unlink()
+    with pytest.raises(DataError, match="has no chat template"):
+        run(ferret_bench, *flags, "--judge", judge)
+
+
 def test_what_is_missing_is_said_before_anything_is_asked(bench, tmp_path):
     flags = ["--model", MLLM, "--data", bench / "data", "--images", bench / "images", "--out", tmp_path]
-    with pytest.raises(DataError, match="--judge and --judge-url are given together"):
-        run(ferret_bench, *flags, "--judge", "m")
+    for given in (("--judge", "m"), ("--judge-url", "http://localhost/v1")):
+        with pytest.raises(DataError, match="--judge and --judge-url are given together, .* or --judge alone with a folder"):
+            run(ferret_bench, *flags, *given)
     with pytest.raises(DataError, match="--split refer is no category; choose among refer_desc"):
         run(ferret_bench, *flags, "--split", "refer")
     with pytest.raises(DataError, match="protocol.max_new_tokens 8, this run has 9"):

@@ -77,6 +77,26 @@ def test_a_picture_and_its_prefix_are_run_once_in_a_batch(asked, monkeypatch):
     assert sum(seen) == 3
 
 
+def test_the_prefix_state_has_room_and_is_not_copied_for_every_token(asked):
+    """The rows hold the keys of their pictures' prefixes, and what comes later is written behind them in place."""
+    model, images, questions, _ = asked
+    prefix = [*model._prompt_ids(images[0], questions[0], [])[0][:-1], *[model.image_token_id] * 25]
+    with torch.inference_mode():
+        whole = model._prefix_state(prefix, images[:4], 3)
+        alone = model.model.model(
+            input_ids=torch.tensor([prefix]), pixel_values=model.settings.image.pixels([images[3]]), use_cache=True
+        ).past_key_values
+        layer, before = whole.layers[0], whole.layers[0].keys.clone()
+        assert torch.equal(layer.keys[3], layer.keys[0]) and torch.allclose(layer.keys[3:], alone.layers[0].keys, atol=1e-6)
+        assert whole.get_seq_length() == len(prefix)
+        place, new = layer.keys.data_ptr(), torch.ones_like(layer.keys[:, :, :1])
+        for length in (1, 2, 3):
+            keys, values = whole.update(new * length, -new * length, 0)
+            assert keys.data_ptr() == place and keys.shape[2] == values.shape[2] == len(prefix) + length
+        assert torch.equal(keys[:, :, : len(prefix)], before) and keys[0, 0, len(prefix) :, 0].tolist() == [1, 2, 3]
+        assert values[0, 0, len(prefix) :, 0].tolist() == [-1, -2, -3]
+
+
 def test_a_language_models_own_generation_settings_do_not_count(asked):
     model, images, questions, regions = asked
     plain = model.generate(images, questions, regions, max_new_tokens=12, progress=False)

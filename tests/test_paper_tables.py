@@ -40,7 +40,7 @@ def write_run(folder, right: int, splits=SPLITS):
         log = PredictionLog(folder / benchmark / split, protocol, {"kind": "mllm"}, targets, {"images": "gone"})
         words = {True: ("[100, 100, 300, 300]", "a car"), False: ("[000, 000, 050, 050]", "a cartwheel")}
         log.append([
-            Prediction(t.id, t.image, "", words[i < right][task == "choice"], BOX if i < right else (0.0, 0.0, 5.0, 5.0))
+            Prediction(t.id, t.image, "x?", words[i < right][task == "choice"], BOX if i < right else (0.0, 0.0, 5.0, 5.0))
             for i, t in enumerate(targets)
         ])  # fmt: skip
     return folder

@@ -134,10 +134,37 @@ def test_predictions_of_another_split_or_codec_are_refused(tmp_path):
     path.write_text(whole.replace('"image": "1.png"', '"image": "7.png"'))
     with pytest.raises(DataError, match="id 2 is answered about 7.png, the question is about 1.png; .*another split"):
         score_folder(tmp_path)
+    path.write_text(whole.replace("apple 2", "bus 2"))  # another drawing of the same pictures' names and ids
+    with pytest.raises(DataError, match="id 2 was asked 'Where is bus 2.', the question is about 'apple 2'; .*another split"):
+        score_folder(tmp_path)
     path.write_text(whole.replace("[100, 200, 300, 600]", "[0.100, 0.200, 0.300, 0.600]"))
     with pytest.raises(DataError, match="id 0 has a box, but its words .*hold none in codec 'int1000'"):
         score_folder(tmp_path)
     assert not (tmp_path / "scores.json").exists()
+
+
+def test_boxes_that_are_not_what_the_words_say_are_refused(tmp_path):
+    """The frame is the picture's pixels: not the padded square's, not thousandths."""
+    words = {"0": "[100, 300, 299, 499]", "1": "[100, 300, 299, 499]", "2": "[100, 010, 300, 100]", "3": "a bus"}
+    right = {"0": (10.05, 5.05, 29.95, 24.95), "1": (10.05, 5.05, 29.95, 24.95), "2": None, "3": None}
+
+    def write(name, **boxes):
+        changes = {"protocol": {"geometry": "pad"}, "model": {"image_size": 200}}  # the middle half of the square
+        log = open_log(tmp_path / name, **changes)
+        chosen = right | {key.removeprefix("box"): box for key, box in boxes.items()}
+        rows = [(i, chosen[i], None if chosen[i] else "why") for i in words]
+        log.append([Prediction(i, f"{int(i) // 2}.png", f"Where is apple {i}?", words[i], box, why) for i, box, why in rows])
+        return tmp_path / name
+
+    assert score_folder(write("right"))["acc_50"]["value"] == 0.5
+    for name, boxes in {
+        "thousandths": {"box1": (100.0, 300.0, 299.0, 499.0)},
+        "of the square": {"box1": (10.05, 30.05, 29.95, 49.95)},
+        "left out": {"box1": None},
+        "in the padding": {"box2": (10.0, 0.0, 30.0, 5.0)},
+    }.items():
+        with pytest.raises(DataError, match=r"has the box .* are .* in pixels of the picture; boxes are in another frame"):
+            score_folder(write(name, **boxes))
 
 
 def test_a_run_that_states_no_known_task_is_refused(tmp_path):
