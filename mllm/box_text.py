@@ -106,6 +106,11 @@ class BoxCodec:
         found = (self.decode(text[start:end])[0] for start, end in self.spans(text))
         return [box for box in found if box is not None]
 
+    def decode_points(self, text: str) -> list[Tensor]:
+        """All well-formed points of `text`, in order, each (2,) x, y in [0, 1] of the model's square."""
+        found = self._pattern(2).finditer(self._pattern(4).sub(" ", text))  # half a box is no point
+        return [torch.tensor([self._read(number) for number in match.groups()]) for match in found]
+
     def replace(self, text: str, write: Callable[[Tensor], str]) -> str:
         """`text` with `write(box)` for each box that `decode_all` gives; all else stays."""
 

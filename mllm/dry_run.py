@@ -21,7 +21,7 @@ from mllm.image_input import read_picture
 from mllm.model import Mllm, check_rows, check_settings, check_tiles, first_settings, part_of, read_tokenizer
 from mllm.packing import TokenRow
 from mllm.preview import CELL, Sample, draw_sheet
-from mllm.regions import COORDS, Region
+from mllm.regions import COORDS, Region, around_point
 from mllm.templates import choose_template
 from mllm.tokenizer import add_region_token
 from mllm.trainer import MllmTrainer
@@ -43,7 +43,7 @@ def dry_run(config: MllmConfig, processes: int = 1) -> Path:
     for row in first_batch(config, dataset, processes):
         text = readable(row, mllm)
         print(f"\n{text}", flush=True)
-        samples.append(_sample(row, text, dataset, BoxCodec(mllm.settings.codec)))
+        samples.append(sample_of(row, text, dataset, BoxCodec(mllm.settings.codec)))
     out = Path(config.output) / "first_batch.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(samples, mllm.settings.image.mode, mllm.settings.image.size).save(out)
@@ -136,13 +136,16 @@ def readable(row: TokenRow, mllm: Mllm) -> str:
     )
 
 
-def _sample(row: TokenRow, text: str, dataset: ConversationDataset, codec: BoxCodec) -> Sample:
-    """The row's first picture with the boxes that its text names, read back from the words."""
+def sample_of(row: TokenRow, text: str, dataset: ConversationDataset, codec: BoxCodec) -> Sample:
+    """The row's first picture with the boxes and points that its text names, read back from the words."""
     lines = [line for line in text.replace(IMAGE, "").splitlines() if line.strip()]
     if not row.images:
         return Sample(Image.new("RGB", (CELL, CELL), "lightgrey"), [], [], lines)
     picture = read_picture(dataset.image_path(row.images[0]))
     geometry = dataset.image.geometry(*picture.size)
-    boxes = [] if len(row.images) > 1 else codec.decode_all(text)  # of several pictures the words do not say which
-    regions = [Region(tuple(geometry.boxes_to_image(box.double()).tolist())) for box in boxes]
+    if len(row.images) > 1:  # the words do not say which one they are about
+        return Sample(picture, [], [], lines)
+    regions = [Region(tuple(geometry.boxes_to_image(box.double()).tolist())) for box in codec.decode_all(text)]
+    points = [geometry.points_to_image(point.double()).tolist() for point in codec.decode_points(text)]
+    regions += [around_point(point, *picture.size) for point in points]
     return Sample(picture, regions, [str(number) for number in range(1, len(regions) + 1)], lines)

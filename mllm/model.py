@@ -37,7 +37,7 @@ from mllm.mixture import sources_of
 from mllm.packing import attends_to_all
 from mllm.projector import load_projector, load_region_projector, make_identity
 from mllm.records import texts_of
-from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens
+from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens, check_prompter_folder
 from mllm.regions import COORDS
 from mllm.templates import choose_template, end_token_ids
 from mllm.tiles import Grid
@@ -173,6 +173,8 @@ def _turn_on_regions(config: MllmConfig, model, tokenizer, settings: MllmSetting
             "--save_adapter false, or turn it on in a run before"
         )
     source = config.prompter or settings.tower_path
+    if config.region_tokens == "prompter":
+        check_prompter_folder(source)
     if config.region_tokens == "prompter" and "tower" not in config.trains:
         tower = load_vision_tower(source, getattr(torch, settings.dtype))
         if weights_hash(tower) != settings.tower_hash:

@@ -213,6 +213,12 @@ class RegionLlavaNextForConditionalGeneration(RegionGeneration, LlavaNextForCond
     config_class, inner = RegionLlavaNextConfig, RegionLlavaNextModel
 
 
+def check_prompter_folder(source: str | Path) -> None:
+    """Refuses a folder that is not there: an MLLM may lie elsewhere than its tower."""
+    if not Path(source).is_dir():
+        raise DataError(f"region_tokens prompter needs a CLOC, but its folder {source} is not there; name it with prompter")
+
+
 def region_settings(by: str, source: str | Path, vision_config) -> dict:
     """`RegionFields`, but for the mark's id.
 
@@ -223,6 +229,7 @@ def region_settings(by: str, source: str | Path, vision_config) -> dict:
     settings = {"region_tokens": by, "region_layer_norm": not siglip, "num_class_tokens": 0 if siglip else 1}
     if by == "pooling":
         return settings
+    check_prompter_folder(source)
     kind = folder_kind(source)
     cls = WHOLE.get(kind)
     if cls is None or not issubclass(cls, RegionEncoder):

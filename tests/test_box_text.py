@@ -23,6 +23,15 @@ def test_the_written_form():
     assert points == ["[250, 999]", "[0.25, 1.00]", "[0.250, 1.000]", "<loc_250><loc_999>"]
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_points_are_read_beside_boxes_and_not_out_of_them(name):
+    codec, point = BoxCodec(name), torch.tensor([0.25, 0.75])
+    box = codec.encode(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    found = codec.decode_points(f"Is {box} beside {codec.encode_point(point)} or {codec.encode_point(point / 2)}, {box}?")
+    assert len(found) == 2 and codec.decode_points(f"{box}{box}") == []
+    torch.testing.assert_close(torch.stack(found), torch.stack([point, point / 2]), rtol=0, atol=ERRORS[name] + 1e-6)
+
+
 ERRORS = {"int1000": 0.0005, "float2": 0.005, "float3": 0.0005, "loc_tokens": 0.0005}  # as the docstring says
 
 

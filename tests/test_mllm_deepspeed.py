@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ import yaml
 from mllm_fixtures import recipe, write_clip, write_conversations
 
 from mllm.checkpoint import load_mllm
+from mllm.config import MllmConfig
+from mllm.dry_run import outline
+from mllm.model import Mllm
+from mllm.trainer import MllmTrainer
+from mllm.training import read_dataset, training_arguments
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5
@@ -85,15 +91,41 @@ def test_ranks_without_regions_under_zero3_give_the_loss_curve_of_one_process(wo
         "train": ["projector", "llm", "tower"],
         "geometry": geometry,
     }
-    names = f"{geometry}_one", f"{geometry}_zero3"
-    one = launch(world, names[0], [sys.executable], batch_size=4, precision="fp32", **fields)
-    zero = {"zero": "scripts/deepspeed/zero3.json", "precision": "fp32"}
-    two = launch(world, names[1], deepspeed_command(), batch_size=2, **zero, **fields)
+    two_processes_equal_one(world, geometry, 3, fields)
+
+
+def two_processes_equal_one(folder: Path, name: str, stage: int, fields: dict) -> None:
+    """Loss and gradient norm of every step, and the weights at the end."""
+    names = f"{name}_one", f"{name}_zero{stage}"
+    one = launch(folder, names[0], [sys.executable], batch_size=4, precision="fp32", **fields)
+    zero = {"zero": f"scripts/deepspeed/zero{stage}.json", "precision": "fp32"}
+    two = launch(folder, names[1], deepspeed_command(), batch_size=2, **zero, **fields)
+    assert len(two[0]) == STEPS
     torch.testing.assert_close(two[0], one[0], rtol=2e-4, atol=1e-4)
     torch.testing.assert_close(two[1], one[1], rtol=1e-3, atol=1e-2)
-    expected, weights = (load_mllm(world / name)[0].state_dict() for name in names)
+    expected, weights = (load_mllm(folder / name)[0].state_dict() for name in names)
     for key, value in expected.items():
         torch.testing.assert_close(weights[key], value, rtol=0.01, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("by", ["prompter", "pooling"])
+def test_a_rank_and_a_whole_step_without_regions_under_zero2(tmp_path, tiny_folder, by):
+    """In some step one process has regions and the other none, and some step is text alone in both."""
+    write_conversations(tmp_path, 4, text_only=8)
+    fields = {"tower": str(tiny_folder), "region_tokens": by, "train": ["projector", "llm", "tower"]}
+    config = MllmConfig(**recipe(tmp_path, output=str(tmp_path / "order"), batch_size=4, **fields))
+    dataset = read_dataset(config, outline(config), config.data)
+    wanted = {(True, False), (False, False)}
+    fields["seed"] = next(seed for seed in range(100) if wanted <= who_has_regions(replace(config, seed=seed), dataset))
+    two_processes_equal_one(tmp_path, by, 2, fields)
+
+
+def who_has_regions(config: MllmConfig, dataset) -> set[tuple[bool, bool]]:
+    """For the steps of the first epoch: has the first process regions, has the second?"""
+    arguments = training_arguments(config, None, Path(config.output))
+    trainer = MllmTrainer(config, Mllm(torch.nn.Linear(1, 1), None, None), dataset, None, {"train": list}, arguments)
+    steps = [[len(row.images) > 0 for row in rows] for rows in trainer.get_train_dataloader()]  # each picture has regions
+    return {(any(step[:2]), any(step[2:])) for step in steps}
 
 
 def test_zero3_saves_and_loads_a_tuned_tower_and_lora_with_the_loss_in_blocks(world, tmp_path):

@@ -1,5 +1,6 @@
 """What a dry run tells is what the run then does: parts, steps, and the first batch, token by token and box by box."""
 
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from encoder.errors import DataError
 from mllm import training
 from mllm.box_text import BoxCodec
 from mllm.config import MllmConfig
-from mllm.dry_run import dry_run, duration, first_batch, memory, outline, readable
+from mllm.dry_run import dry_run, duration, first_batch, memory, outline, readable, sample_of
 from mllm.model import build_mllm
 from mllm.records import read_records
 from mllm.trainer import LengthSampler
@@ -100,6 +101,20 @@ def test_a_row_is_read_with_its_answers_marked_and_its_boxes_back(world, tmp_pat
         else:
             assert answer == f" {value}</s>"
     assert text.startswith("<s>USER: <image>") and re.sub("[\u00ab\u00bb]", "", text) == mllm.tokenizer.decode(dataset[0].ids)
+
+
+def test_points_and_boxes_of_the_questions_are_drawn(world, tmp_path):
+    """Read back from the words to half a step of the square's 40 px."""
+    name = sorted(path.name for path in (world / "images").glob("*.png"))[0]
+    turns = [{"from": "human", "value": "<image>\nWhat is <region:0>, <region:1>?"}, {"from": "gpt", "value": "a square"}]
+    regions = [{"point": [20, 30]}, {"box": [4, 6, 30, 33]}]
+    (tmp_path / "one.json").write_text(json.dumps([{"id": "a", "image": name, "conversations": turns, "regions": regions}]))
+    config = MllmConfig(**recipe(world, output=str(tmp_path), data=[str(tmp_path / "one.json")]))
+    mllm = outline(config)
+    dataset = read_dataset(config, mllm, config.data)
+    box, point = sample_of(dataset[0], readable(dataset[0], mllm), dataset, BoxCodec()).regions
+    assert box.point is None and box.box == pytest.approx((4, 6, 30, 33), abs=0.05)
+    assert point.point == pytest.approx((20, 30), abs=0.05)
 
 
 def test_more_processes_hold_less_and_take_fewer_steps(world, tmp_path):

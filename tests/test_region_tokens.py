@@ -22,6 +22,7 @@ from mllm import training
 from mllm.checkpoint import load_mllm, save_mllm
 from mllm.config import MllmConfig
 from mllm.data import pixel_collator
+from mllm.dry_run import outline
 from mllm.features import CachedTower, cache_features, feature_collator
 from mllm.generation import GroundingModel
 from mllm.likelihood import answer_likelihoods
@@ -325,6 +326,12 @@ def test_region_tokens_are_turned_on_in_a_folder_without(world, tmp_path):
     changed = ClocModel.from_pretrained(other)
     changed.vision_model.post_layernorm.bias.data += 1
     changed.save_pretrained(other)
+    away = shutil.copytree(plain, tmp_path / "away")
+    settings = json.loads((away / "grounding.json").read_text())
+    (away / "grounding.json").write_text(json.dumps({**settings, "tower_path": "gone/cloc"}))
+    for act in (build_mllm, outline):
+        with pytest.raises(DataError, match="needs a CLOC, but its folder gone/cloc is not there; name it with prompter"):
+            act(MllmConfig(**fields(world, tower=None, model=str(away))))
     with pytest.raises(DataError, match="was trained on another tower than that of"):
         build_mllm(MllmConfig(**fields(world, tower=None, model=str(plain), prompter=str(other))))
 
