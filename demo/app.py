@@ -10,6 +10,8 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from demo.board import POINT_REACH
 from demo.models import Models, devices
 from encoder.errors import DataError, run_main
@@ -21,11 +23,21 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What the page and the terminal have in common."""
     add = parser.add_argument
-    add("--model", type=Path, default=WEIGHTS / "mllm_cloc", help="MLLM folder (default weights/mllm_cloc)")
-    add("--compare", type=Path, help="a second MLLM folder, which answers the same questions beside it; weights/mllm_clip")
+    add(
+        "--model",
+        type=Path,
+        default=WEIGHTS / "mllm_cloc",
+        help="MLLM folder, or a stock LLaVA's: its folder or its name on the model hub (default weights/mllm_cloc)",
+    )
+    add("--compare", type=Path, help="a second one, which answers the same questions beside it; weights/mllm_clip")
     add("--encoder", type=Path, default=WEIGHTS / "cloc", help="CLOC folder of the encoder alone (default weights/cloc)")
     add("--device", default="cpu", help="cpu (default), cuda:0, mps, or auto for all GPUs")
     add("--bits", type=int, choices=[4, 8], help="language model in 4 or 8 bits")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="number format of the weights (default bfloat16; on the cpu float32 where that takes at most half of the memory)",
+    )
     add(
         "--point-reach",
         type=float,
@@ -42,7 +54,8 @@ def models_of(arguments: argparse.Namespace) -> Models:
     if not 0 <= arguments.point_reach < 1:
         raise DataError(f"--point-reach is {arguments.point_reach}; give 0, or a share of the picture's long side below 1")
     folders = [arguments.model, *([arguments.compare] if arguments.compare else [])]
-    return Models(folders, arguments.encoder, arguments.device, arguments.bits)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    return Models(folders, arguments.encoder, arguments.device, arguments.bits, dtype)
 
 
 def main() -> None:

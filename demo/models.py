@@ -1,6 +1,7 @@
 """The models behind the chat: one or two MLLMs and an encoder, loaded together, each with its error where it has one."""
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from demo.board import NO_PICTURE
 from encoder.errors import DataError
 from encoder.predictor import RegionPredictor
 from mllm.chat import Answer, GroundingChat, Talk
+from mllm.opening import local_folder, read_mllm
 
 if TYPE_CHECKING:
     from demo.session import Session, Turn
 
 KEPT_TALKS = 8  # whose pictures and words are kept read; the others are read again when they go on
 MAX_ANSWER, MAX_TEMPERATURE = 1024, 10  # tokens, and how far from the likeliest word
+GIB = 2**30
 MAX_LABELS, MAX_LABEL = 100, 100  # labels, and characters of each
 LONG_MEMORY = 2048  # tokens; a language model that reads fewer is given each question without the turns before it
 
@@ -72,17 +75,24 @@ class OncePerPicture:
 class Models:
     """The MLLMs that answer, and the encoder alone.
 
-    folders: of MLLMs, answers come in their order; encoder: a CLOC folder
-    device, bits: as of `GroundingChat.from_pretrained`
+    folders: of MLLMs, or their names on the model hub; answers come in their order; encoder: a CLOC folder
+    device, bits: as of `GroundingChat.from_pretrained`; dtype: as of `load_chat`
     """
 
-    def __init__(self, folders: Sequence[Path], encoder: Path, device: str = "cpu", bits: int | None = None):
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        encoder: Path,
+        device: str = "cpu",
+        bits: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         names = [Path(folder).resolve().name for folder in folders]
         unique = len(set(names)) == len(names)
         self.speakers = [
             Speaker(name if unique else str(folder), Path(folder)) for name, folder in zip(names, folders, strict=True)
         ]
-        self.encoder, self.encoder_error, self.predictor = Path(encoder), "", None
+        self.encoder, self.encoder_error, self.predictor, self.dtype = Path(encoder), "", None, dtype
         # Of each visitor who is there, by model: the talk and the turns that it was given. Here, so that no visitor keeps a model
         # in memory after `load`.
         self._talks: WeakKeyDictionary[Session, dict[str, tuple[Talk, list[Turn]]]] = WeakKeyDictionary()
@@ -97,7 +107,7 @@ class Models:
         for speaker in self.speakers:
             speaker.chat, speaker.error = None, ""
             try:
-                speaker.chat = load_chat(speaker.folder, device, bits)
+                speaker.chat = load_chat(speaker.folder, device, bits, self.dtype)
                 OncePerPicture(speaker.chat.model.model.model.vision_tower)
             except Exception as error:  # whatever a folder of any origin raises; the page shows it
                 speaker.error = f"The model {speaker.name} cannot be used: {one_line(error)}"
@@ -214,13 +224,32 @@ class Models:
         return [(tuple(box), score) for box, score in zip(boxes_T4.tolist(), scores_T.tolist(), strict=True)]
 
 
-def load_chat(folder: Path, device: str, bits: int | None) -> GroundingChat:
-    """An MLLM folder on a device; float32 on the processor, bfloat16 elsewhere."""
+def load_chat(folder: Path, device: str, bits: int | None, dtype: torch.dtype | None = None) -> GroundingChat:
+    """An MLLM's folder, or its name on the model hub, on a device.
+
+    dtype: none is bfloat16, but float32 on the processor where its weights take at most half of the memory in it
+    """
+    folder = local_folder(folder)
     if not folder.is_dir():
         makers = "`make quickstart` (runs/quickstart/mllm_cloc) or `make reproduce` (runs/base/mllm_cloc)"
         raise DataError(f"there is no MLLM in {folder}; make one with {makers} and name its folder with --model")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if device != "cpu":
+        return GroundingChat.from_pretrained(folder, device, dtype or torch.bfloat16, bits)
+    parameters, memory = count_parameters(folder), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    dtype = dtype or (torch.float32 if parameters * torch.float32.itemsize <= memory / 2 else torch.bfloat16)
+    if not bits and (needed := parameters * dtype.itemsize) > memory:
+        raise DataError(
+            f"its weights take {needed / GIB:.1f} GiB and this machine has {memory / GIB:.1f}; take 4 or 8 bits (--bits)"
+        )
     return GroundingChat.from_pretrained(folder, device, dtype, bits)
+
+
+def count_parameters(folder: Path) -> float:
+    """Of an MLLM's folder and what it is an adapter on, by the size of its files."""
+    settings = read_mllm(folder)[1]
+    folders = [folder, *(Path(settings.base[part]) for part in ("model", "llm", "tower") if settings.base.get(part))]
+    size = sum(path.stat().st_size for each in folders for path in each.glob("*.safetensors"))
+    return size / getattr(torch, settings.dtype).itemsize
 
 
 def devices() -> list[str]:
@@ -228,6 +257,13 @@ def devices() -> list[str]:
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     apple = ["mps"] if torch.backends.mps.is_available() else []
     return ["cpu", *gpus, *apple, *(["auto"] if len(gpus) > 1 else [])]
+
+
+def told_of_devices() -> str:
+    """A sentence on what `devices` lacks."""
+    if torch.cuda.is_available():
+        return f"torch sees {torch.cuda.device_count()} of this machine's GPUs."
+    return "torch sees no GPU here, so the processor is all there is."
 
 
 def checked_labels(labels: Sequence[str]) -> list[str]:

@@ -10,13 +10,14 @@ import gradio as gr
 from demo.api import add_api
 from demo.board import ENCODER, MAX_QUESTION
 from demo.drawing import draw_marks
-from demo.models import MAX_ANSWER, Models, Settings, devices
+from demo.models import MAX_ANSWER, Models, Settings, devices, told_of_devices
 from demo.pictures import MAX_BYTES, Example, draw_examples, encoded, to_url
 from demo.session import Session, ask, conversation
 from demo.words import board_value, messages, ranking_html, status_html
 from encoder.errors import DataError
 
 QUEUE, SESSIONS = 16, 64  # events that may wait, visitors whose chat is kept
+BITS = {"full weights": None, "8-bit weights": 8, "4-bit weights": 4}
 ONE = {"concurrency_id": "model", "concurrency_limit": 1}  # of the events that run a model
 HERE = Path(__file__).parent
 CSS, SCRIPT = (HERE / "page.css").read_text(), (HERE / "board.js").read_text()
@@ -89,12 +90,15 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
             )
         return *view(session), status_html(session.status)
 
-    def on_load(session: Session, device: str, low: bool) -> tuple:
-        if not reloads or device not in devices():
-            session.status = "The models stay where they are."
+    def on_load(session: Session, device: str, bits: str) -> tuple:
+        if not reloads:
+            session.status = "The models stay where they are: only a page that this machine alone can open moves them."
+        elif device not in devices() or bits not in BITS:
+            session.status = f"The models stay where they are: there is no {device} here, but {', '.join(devices())}."
         else:
-            models.load(device, 4 if low else None)
-            session.status = " ".join([*models.errors, models.encoder_error]).strip() or f"The models are on {device}."
+            models.load(device, BITS[bits])
+            done = f"The models are on {device}, with {bits}."
+            session.status = " ".join([*models.errors, models.encoder_error]).strip() or done
         return *view(session), alert()
 
     def alert() -> str:
@@ -144,8 +148,9 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
                         length = gr.Slider(8, MAX_ANSWER, 128, step=8, label="Longest answer, in tokens")
                         history = gr.Checkbox(models.long_memory, label="The model is given the earlier turns")
                         with gr.Row(visible=reloads):
-                            device = gr.Dropdown(devices(), value=models.device, label="Device")
-                            low = gr.Checkbox(bool(models.bits), label="4-bit weights")
+                            device = gr.Dropdown(devices(), value=models.device, label="Device", info=told_of_devices())
+                            weights = next(name for name, value in BITS.items() if value == models.bits)
+                            bits = gr.Dropdown(list(BITS), value=weights, label="Language model", info="By bitsandbytes.")
                             reload = gr.Button("Load again", size="sm")
                 with gr.Tab("Encoder alone"):
                     gr.Markdown("CLOC without a language model, on the same picture and marks.")
@@ -174,7 +179,7 @@ def build_page(models: Models, point_reach: float, reloads: bool = True) -> gr.B
         gr.on([question.submit, send.click], on_ask, [state, question, temperature, length, history], **shown_by, **ONE)
         gr.on([rank.click], on_rank, [state, labels], [ranking], **private, **ONE)
         gr.on([phrase.submit, find.click], on_find, [state, phrase], [*outputs, found], **private, **ONE)
-        reload.click(on_load, [state, device, low], [*outputs, banner], **private, **ONE)
+        reload.click(on_load, [state, device, bits], [*outputs, banner], **private, **ONE)
         save_json.click(save_chat, [state], [file], **private).then(None, [file], None, js=SAVE)
         save_png.click(save_picture, [state], [file], **private).then(None, [file], None, js=SAVE)
         add_api(models, point_reach, ONE)

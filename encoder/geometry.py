@@ -2,6 +2,7 @@
 
 One object carries both directions, so that boxes, points and pixels cannot disagree. Modes:
 `pad`          the long side is resized to `size`, the rest is filled centred (CLOC's, arXiv 2410.02746 Table A)
+`pad_first`    filled centred to a square, which is then resized to `size` (LLaVA-1.5's: `pad` but for the seam)
 `squash`       both sides are resized to `size`, aspect ratio lost (Ferret's)
 `center_crop`  the short side is resized to `size` and the middle kept (CLIP's own); refuses boxes, since it cuts them
 `pad_corner`   filled with black at the right and the bottom to a square, which is then resized to `size`: OWLv2's, for
@@ -18,8 +19,9 @@ from torch import Tensor
 from encoder.boxes import clip_boxes
 from encoder.errors import DataError
 
-MODES = ("pad", "squash", "center_crop")  # of an encoder or an MLLM
+MODES = ("pad", "squash", "center_crop", "pad_first")  # of an encoder or an MLLM
 DETECTOR_MODES = ("pad_corner",)
+PADDED_FIRST = ("pad_first", "pad_corner")  # and resized then
 ANYRES = "anyres"  # of an MLLM alone; `mllm.tiles` cuts the tiles
 
 
@@ -27,7 +29,7 @@ ANYRES = "anyres"  # of an MLLM alone; `mllm.tiles` cuts the tiles
 class Geometry:
     """The transform of one image.
 
-    mode: one of `pad`, `squash`, `center_crop`, `pad_corner`, `anyres`
+    mode: one of `pad`, `pad_first`, `squash`, `center_crop`, `pad_corner`, `anyres`
     width, height: the original image, pixels
     size: side of the model's square input, pixels
     """
@@ -60,29 +62,38 @@ class Geometry:
         width, height = self.resized
         return (self.size - width) // 2, (self.size - height) // 2
 
-    def apply(self, image: Image.Image) -> Image.Image:
-        """The image, of `width` x `height` px, as the model's RGB square; padding is the image's mean colour."""
+    def apply(self, image: Image.Image, fill: tuple[int, int, int] | None = None) -> Image.Image:
+        """The image, of `width` x `height` px, as the model's RGB square; padding is the image's mean colour.
+
+        fill: colour of the padding of `pad_first` instead
+        """
         if image.size != (self.width, self.height):
             raise DataError(
                 f"this geometry is of a {self.width}x{self.height} image, the image given is {image.size[0]}x{image.size[1]}"
             )
         image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
-        if self.mode == "pad_corner":
+        if self.mode in PADDED_FIRST:
             side = max(self.width, self.height)
-            square = Image.new("RGB", (side, side))
-            square.paste(image)
+            square = Image.new("RGB", (side, side), (0, 0, 0) if self.mode == "pad_corner" else fill or _mean_colour(image))
+            square.paste(image, self._corner)
             return square.resize((self.size, self.size), Image.Resampling.BICUBIC)
         resized = image.resize(self.resized, Image.Resampling.BICUBIC)
         if self.mode in ("squash", ANYRES):
             return resized
-        mean_colour = resized.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-        square = Image.new("RGB", (self.size, self.size), mean_colour)
+        square = Image.new("RGB", (self.size, self.size), _mean_colour(resized))
         square.paste(resized, self.offset)
         return square
 
+    @property
+    def _corner(self) -> tuple[int, int]:
+        """Where the image's corner lies in the square that it is padded to before the resize, its own pixels."""
+        side = max(self.width, self.height)
+        return (0, 0) if self.mode == "pad_corner" else ((side - self.width) // 2, (side - self.height) // 2)
+
     def _scale_offset(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mode == "pad_corner":  # padded before it is resized: both axes by the same factor, nothing rounded
-            return like.new_tensor([1, 1]) / max(self.width, self.height), like.new_zeros(2)
+        if self.mode in PADDED_FIRST:  # both axes by the same factor, nothing rounded
+            side = max(self.width, self.height)
+            return like.new_tensor([1, 1]) / side, like.new_tensor(self._corner) / side
         (width, height), (left, top) = self.resized, self.offset
         scale = like.new_tensor([width / self.width, height / self.height]) / self.size
         return scale, like.new_tensor([left, top]) / self.size
@@ -110,3 +121,7 @@ class Geometry:
         """The inverse: (..., 4) xyxy in [0, 1] of the model's square -> pixels of the original, clipped to the image."""
         pixels = self.points_to_image(boxes.reshape(*boxes.shape[:-1], 2, 2)).reshape(boxes.shape)
         return clip_boxes(pixels, self.width, self.height)
+
+
+def _mean_colour(image: Image.Image) -> tuple[int, int, int]:
+    return image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))

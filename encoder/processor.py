@@ -20,7 +20,7 @@ class ClocImageProcessor(BaseImageProcessor):
     """Pictures -> the model's normalised square input.
 
     size: side of the input, pixels
-    geometry: `pad`, `squash` or `center_crop`, see `encoder.geometry`
+    geometry: `pad`, `pad_first`, `squash` or `center_crop`, see `encoder.geometry`
     image_mean, image_std: per channel, of pixels in [0, 1] (OpenAI CLIP's by default)
     """
 
@@ -44,8 +44,9 @@ class ClocImageProcessor(BaseImageProcessor):
         images = [images] if isinstance(images, Image.Image) else images
         pixels = torch.empty(len(images), 3, self.size, self.size)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        fill = tuple(int(255 * channel) for channel in self.image_mean)  # as transformers rounds it
         for place, image in enumerate(images):  # one after the other and in place: as much as a core's cache holds
-            square = torch.from_numpy(np.array(self.geometry_of(image).apply(image)))
+            square = torch.from_numpy(np.array(self.geometry_of(image).apply(image, fill)))
             pixels[place].copy_(square.permute(2, 0, 1)).div_(255).sub_(mean).div_(std)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from encoder.errors import DataError
-from mllm.checkpoint import SETTINGS_FILE, MllmSettings, check_tower, load_mllm, tower_hash
+from mllm.checkpoint import check_tower, load_mllm, tower_hash
 from mllm.config import MllmConfig
 from mllm.lora import add_lora, is_lora, merged, quantize, remove_lora
+from mllm.settings import SETTINGS_FILE, MllmSettings
 from mllm.tokenizer import save_tokenizer
 
 ADAPTER, TRAINED = "adapter_model.safetensors", "trained.safetensors"

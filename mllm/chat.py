@@ -20,8 +20,7 @@ from PIL import Image
 from encoder.errors import DataError
 from mllm.checkpoint import load_mllm
 from mllm.conversation import IMAGE
-from mllm.generation import Box, GroundingModel
-from mllm.lora import quantize
+from mllm.generation import CACHE, Box, GroundingModel
 from mllm.packing import attends_to_all
 from mllm.prefix_cache import CACHE, new_state
 
@@ -66,18 +65,15 @@ class GroundingChat:
         dtype: torch.dtype = torch.float32,
         bits: int | None = None,
     ) -> "GroundingChat":
-        """An MLLM folder of `scripts/finetune_mllm.py`.
+        """A folder of `scripts/finetune_mllm.py`, or a stock LLaVA's folder or name on the model hub (`mllm.opening`).
 
         device_map: a device, `auto` (over all GPUs, the rest on the CPU), or a dictionary of modules, as in accelerate
         dtype: float32 keeps answers independent of the batch; bfloat16 is half the memory
-        bits: 4 (NF4) or 8 keeps the language model's linear layers so, by bitsandbytes
+        bits: 4 (NF4) or 8 keeps the language model's linear layers so, by bitsandbytes; the whole is never in memory
         """
         if bits not in (None, 4, 8):
             raise DataError(f"bits is {bits}; choose 4, 8 or None")
-        model, tokenizer, settings = load_mllm(folder, dtype)
-        if bits and not settings.llm_bits:
-            quantize(model.model.language_model, bits, getattr(torch, settings.dtype))
-        return cls(GroundingModel(_placed(model, device_map), tokenizer, settings))
+        return cls(GroundingModel(*load_mllm(folder, dtype, device_map=device_map, bits=bits)))
 
     def ask(
         self, image: Image.Image, question: str, regions: Sequence[Box | dict] = (), max_new_tokens: int = MAX_NEW_TOKENS
@@ -133,16 +129,6 @@ class GroundingChat:
                 read.append((box, phrase, (start, end)))
         boxes, phrases, spans = map(list, zip(*read, strict=True)) if read else ([], [], [])
         return Answer(text, boxes, phrases, spans, unread)
-
-
-def _placed(model: torch.nn.Module, device_map: str | dict) -> torch.nn.Module:
-    if isinstance(device_map, str) and device_map != "auto":
-        return model.to(device_map)
-    from accelerate import dispatch_model, infer_auto_device_map
-
-    if device_map == "auto":
-        device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
-    return dispatch_model(model, device_map)
 
 
 def phrases_of(text: str, spans: Sequence[tuple[int, int]], question: str) -> list[str]:
@@ -256,7 +242,12 @@ class Talk:
         for _ in range(max_new_tokens):
             self._read = []  # and so it stays if the run is broken off half way
             fed = torch.tensor([feed], device=device)
+<<<<<<< HEAD
             out, more = model(input_ids=fed, **{CACHE: self._state}, use_cache=True, logits_to_keep=1, **more), {}
+=======
+            out = model(input_ids=fed, use_cache=True, logits_to_keep=1, **{CACHE: self._state}, **more)
+            self._state, more = getattr(out, CACHE), {}
+>>>>>>> f87eec5 (Stock LLaVA folders open as they are; models load once, in their format and bits; pictures stay in their folder)
             self._read = read = read + feed
             token = next_token(out.logits[0, -1], temperature)
             if token in self._model.end_ids:

@@ -1,108 +1,69 @@
 """An MLLM on disk: a stock `llava` or `llava_next` folder, and `grounding.json` beside it with what stock code does not know.
 
 Weights, configuration, tokenizer and image settings load in transformers without this package; with region tokens the folder
-is of a class of ours, `llava_regions` or `llava_next_regions`. `grounding.json` says how boxes are written and how a picture
-became the model's square, which an evaluation has to repeat exactly.
+is of a class of ours, `llava_regions` or `llava_next_regions`.
 """
 
 import json
 import shutil
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from encoder.errors import DataError
 from encoder.geometry import ANYRES
 from encoder.pretrained import weights_hash
 from mllm.image_input import ImageInput
-from mllm.region_tokens import RegionLlavaConfig, RegionLlavaNextConfig
-from mllm.regions import COORDS, REGION_TOKENS
+from mllm.lora import bits_while_loading, keep_plain, quantize
+from mllm.opening import local_folder, read_mllm
+from mllm.regions import COORDS
+from mllm.settings import SETTINGS_FILE, MllmSettings
 from mllm.tokenizer import save_tokenizer
 
-SETTINGS_FILE = "grounding.json"
-
-
-@dataclass
-class MllmSettings:
-    """What `grounding.json` holds.
-
-    codec: how boxes are written; image: geometry, size and normalisation; feature_layer: the tower's projected layer(s)
-    template: name of the chat template (`own`: the language model's)
-    tower_path: the folder the tower came from; tower_hash: sha256 of its weights as saved here
-    dtype: number format of the saved weights; trained: parts that learned, run by run; regions: how a region enters, see
-        `mllm.region_tokens`
-    base: of an adapter folder, the recipe's fields that name what it was trained on; llm_bits: the language model's, there
-    versions: of the libraries that wrote it
-    """
-
-    codec: str
-    image: ImageInput
-    feature_layer: int | list[int]
-    template: str
-    tower_path: str
-    tower_hash: str = ""
-    dtype: str = "float32"
-    trained: list[list[str]] = field(default_factory=list)
-    regions: str = COORDS
-    base: dict = field(default_factory=dict)
-    llm_bits: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def model_type(self) -> str:
-        """What config.json says of such an MLLM."""
-        tiles = self.image.mode == ANYRES
-        if self.regions != COORDS:
-            return (RegionLlavaNextConfig if tiles else RegionLlavaConfig).model_type
-        return "llava_next" if tiles else "llava"
-
-    def write(self, folder: Path) -> None:
-        values = {**vars(self), "image": self.image.as_dict()}
-        values["versions"] = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
-        (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "MllmSettings":
-        path = Path(folder) / SETTINGS_FILE
-        if not Path(folder).is_dir():
-            raise DataError(f"MLLM folder {folder} does not exist; make it with scripts/finetune_mllm.py")
-        if not path.is_file():
-            raise DataError(f"{path} does not exist, so it is unknown how boxes are written; name a folder of finetune_mllm.py")
-        try:
-            values = json.loads(path.read_text())
-            settings = cls(**{**values, "image": ImageInput.from_dict(values["image"])})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not the settings of an MLLM ({error}); train the folder again") from error
-        if settings.regions not in REGION_TOKENS:
-            known = ", ".join(REGION_TOKENS)
-            raise DataError(f"{path}: regions is '{settings.regions}', this version reads {known}; use a newer version")
-        return settings
+TOWER = "vision_tower."  # before its parameters' names
 
 
 def load_mllm(
-    folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    device_map: str | dict | None = None,
+    bits: int | None = None,
+    template: str | None = None,
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, MllmSettings]:
-    """Model in evaluation mode, tokenizer and settings; the tower's weights must be those that were saved.
+    """Model in evaluation mode, tokenizer and settings, of each kind of folder or name that `mllm.opening` knows.
 
-    An adapter folder gives the model it was trained on with LoRA added to the weights; in low bits LoRA stays beside them.
+    An adapter folder gives the model it was trained on with LoRA added to the weights; in low bits LoRA stays beside them. Of a
+    folder of ours the tower's weights must be those that were saved.
+    device_map: a device, `auto` or a dictionary of modules, as in accelerate; none is the CPU
+    bits: 4 (NF4) or 8 keeps the language model's linear layers so; they are converted one by one as they are read
+    template: of a stock folder, which of `mllm.templates` it was trained on, where its own does not tell
     """
-    settings = MllmSettings.read(folder)
+    folder = local_folder(folder)
+    tokenizer, settings = read_mllm(folder, template)
     if settings.base:
         from mllm.adapter_folder import load_adapter  # which loads its base by this function
 
-        return load_adapter(folder, settings, dtype, attention)
-    saved_dtype = getattr(torch, settings.dtype)
-    # Loaded in the saved format first: the hash is of those bytes.
-    arguments = {"dtype": saved_dtype, "attn_implementation": attention, "ignore_mismatched_sizes": True}
+        model, tokenizer, settings = load_adapter(folder, settings, dtype, attention)
+        if bits and not settings.llm_bits:
+            quantize(model.model.language_model, bits, getattr(torch, settings.dtype))
+        return placed(model, device_map), tokenizer, settings
+    how = {"dtype": dtype, "attn_implementation": attention, "device_map": device_map or "cpu"}
+    if bits:
+        how["quantization_config"] = bits_while_loading(bits, dtype)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
     except (OSError, ValueError, SafetensorError) as error:  # no weights, or not whole
         reason = " ".join(str(error).split())
         raise DataError(f"{folder} cannot be read ({reason}); copy or train the folder again") from error
@@ -110,15 +71,36 @@ def load_mllm(
     if wrong:
         raise DataError(
             f"{folder}: {len(wrong)} parameters are missing or of another size ({', '.join(wrong[:3])}); "
-            "config.json and weights are not of one model, train the folder again"
+            "config.json and weights are not of one model, copy or train the folder again"
         )
     if (found := model.config.model_type) != settings.model_type:
         raise DataError(
             f"{folder}: config.json is of a {found}, {SETTINGS_FILE} of a {settings.model_type}; they are not of one model, "
             "train the folder again"
         )
-    check_tower(folder, weights_hash(model.model.vision_tower), settings)
-    return model.to(dtype).eval(), tokenizer, settings
+    if settings.tower_hash:
+        check_tower(folder, saved_tower_hash(folder), settings)
+    keep_plain(model)
+    model.config.image_seq_length = num_square_tokens(model.config)
+    return model.eval(), tokenizer, settings
+
+
+def placed(model: nn.Module, device_map: str | dict | None) -> nn.Module:
+    """The model, which is on the CPU, where `device_map` says."""
+    if device_map is None or (isinstance(device_map, str) and device_map != "auto"):
+        return model.to(device_map or "cpu")
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if device_map == "auto":
+        device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
+    return dispatch_model(model, device_map)
+
+
+def num_square_tokens(config: PreTrainedConfig) -> int:
+    """Tokens that one square of a Llava becomes: its patches, and CLIP's class token where that is not left out."""
+    vision = config.vision_config
+    has_class = vision.model_type == "clip_vision_model"
+    return (vision.image_size // vision.patch_size) ** 2 + has_class - (config.vision_feature_select_strategy == "default")
 
 
 def check_tower(folder: str | Path, found: str, settings: MllmSettings) -> None:
@@ -192,17 +174,27 @@ def _write_config(folder: Path, model: LlavaForConditionalGeneration, dtype: tor
 
 def tower_hash(state: dict[str, Tensor]) -> str:
     """sha256 of the tower's weights in a stock Llava's state."""
-    prefix, holder = "model.vision_tower.", nn.Module()
+    prefix, holder = "model." + TOWER, nn.Module()
     holder.state_dict = lambda: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return weights_hash(holder)
 
 
+def saved_tower_hash(folder: str | Path) -> str:
+    """sha256 of the tower's weights in a whole folder's files, whatever the number format they are loaded in."""
+    tower = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if TOWER in name:
+                    tower["model." + TOWER + name.partition(TOWER)[2].removeprefix("vision_model.")] = file.get_tensor(name)
+    return tower_hash(tower)
+
+
 def _write_image_settings(folder: Path, model: LlavaForConditionalGeneration, image: ImageInput) -> None:
-    """Stock processor files, the nearest that transformers has: with `pad` its padding colour is the dataset's mean, not the
-    picture's."""
+    """Stock processor files, the nearest that transformers has: `pad` becomes its own, which is `pad_first`."""
     size = {"height": image.size, "width": image.size}
     tiles = image.mode == ANYRES
-    pad = image.mode == "pad" or tiles  # of LlavaNext's processor it is the number of tiles that is padded
+    pad = image.mode in ("pad", "pad_first") or tiles  # of LlavaNext's processor it is the number of tiles that is padded
     kind = "LlavaNext" if tiles else "Llava" if pad else "CLIP"
     preprocessor = {
         "image_processor_type": f"{kind}ImageProcessor",

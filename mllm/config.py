@@ -61,8 +61,8 @@ class MllmConfig:
         at Llama's 0.02 a small model from scratch never learned to read positions, at 0.5 it did
     feature_layer: which of the tower's hidden states is projected, -1 the last, -2 the one before; several stand side by
         side, as in Llava's vision_feature_layer; none takes the MLLM folder's, or -2
-    geometry: how a picture becomes the square input, pad or squash, or anyres: squash, and tiles of it beside it
-        (LLaVA-NeXT's, a stock llava_next); none takes the tower's
+    geometry: how a picture becomes the square input, pad, pad_first (LLaVA-1.5's own pad) or squash, or anyres: squash, and
+        tiles of it beside it (LLaVA-NeXT's, a stock llava_next); none takes the tower's
     tile_grids: with anyres, rows x columns of tiles that a picture may be cut into, such as 1x2 2x1; none named: LLaVA-NeXT's
         1x2 2x1 2x2 3x1 1x3
     codec: how boxes are written: int1000, float2, float3 or loc_tokens (docs/training.md); none takes the MLLM folder's,

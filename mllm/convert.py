@@ -1,7 +1,7 @@
 """Checkpoints of the llava repository in and out: whole models, projectors, LoRA (layout: `mllm.llava_layout`).
 
 What is read becomes an MLLM folder like any other; what is written loads in that repository's code. Boxes keep their frame:
-both pad a picture to the same square. The padding's colour is this picture's mean here, the data set's mean there.
+both pad a picture to the same square. Of geometry `pad` the padding's colour is this picture's mean here, the data set's there.
 """
 
 import json
@@ -18,12 +18,14 @@ from encoder.pretrained import check_loaded, load_strict, load_vision_tower
 from encoder.processor import ClocProcessor
 from mllm import llava_layout as layout
 from mllm.adapter_folder import ADAPTER, PEFT_PREFIX
-from mllm.checkpoint import MllmSettings, load_mllm, without_tied_head
+from mllm.checkpoint import load_mllm, without_tied_head
 from mllm.config import PROJECTORS
 from mllm.image_input import ImageInput
 from mllm.model import Mllm, join
+from mllm.opening import CODEC, FRAME, local_folder, read_mllm
 from mllm.projector import fill_projector
-from mllm.templates import choose_template
+from mllm.settings import MllmSettings
+from mllm.templates import choose_template, lead_with_space
 from mllm.tokenizer import add_image_token, save_tokenizer
 
 TOWER_FOLDER = "vision_tower"
@@ -61,16 +63,26 @@ def read_llava(
         language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     model = join(vision, language_model, tokenizer, config["mm_vision_select_layer"], PROJECTORS[config["mm_projector_type"]])
     fill_projector(model, projector, folder)
+    name = choose_template(tokenizer, template)
+    lead_with_space(tokenizer)
     settings = MllmSettings(
-        codec="float2",  # of the boxes in LLaVA-1.5's data
-        image=ImageInput.of_tower(tower, "pad"),
+        codec=CODEC,
+        image=ImageInput.of_tower(tower, FRAME),
         feature_layer=config["mm_vision_select_layer"],
-        template=choose_template(tokenizer, template),
+        template=name,
         tower_path=str(tower),
         dtype=str(language_model.dtype).removeprefix("torch."),
     )
     proto = words / "tokenizer.model"
     return Mllm(model, tokenizer, settings, proto.read_bytes() if proto.is_file() else None)
+
+
+def read_stock(folder: str | Path, template: str | None = None) -> Mllm:
+    """The MLLM of a stock Llava's folder, in its number format; template: as of `load_mllm`."""
+    folder = local_folder(folder)
+    dtype = getattr(torch, read_mllm(folder, template)[1].dtype)
+    proto = folder / "tokenizer.model"
+    return Mllm(*load_mllm(folder, dtype, template=template), proto.read_bytes() if proto.is_file() else None)
 
 
 def _tower_folder(folder: Path, config: dict, given: str | Path | None) -> Path:
@@ -150,8 +162,8 @@ def write_llava(source: str | Path, output: str | Path, tower: str | None = None
     kind: `whole`, with LoRA merged; `projector`, `mm_projector.bin` alone; `lora`, of an adapter folder on a language model
     """
     output = Path(output)
-    settings = MllmSettings.read(source)
-    model, tokenizer, settings = load_mllm(source, getattr(torch, settings.dtype))
+    source = local_folder(source)
+    model, tokenizer, settings = load_mllm(source, getattr(torch, read_mllm(source)[1].dtype))
     _check_writable(source, model, settings, kind)
     tower_folder, width = output / TOWER_FOLDER, model.config.vision_config.hidden_size
     config = layout.write_config(
@@ -216,7 +228,7 @@ def _check_writable(source: str | Path, model: PreTrainedModel, settings: MllmSe
         f"its tower is of {tower}, not CLIP's": tower != "CLIPVisionConfig",
         f"its language model is in {settings.llm_bits} bits": settings.llm_bits is not None and kind == "whole",
         f"it projects the layers {settings.feature_layer}": not isinstance(settings.feature_layer, int),
-        f"its geometry is {settings.image.mode}, not pad": settings.image.mode != "pad",
+        f"its geometry is {settings.image.mode}, not pad": settings.image.mode not in ("pad", FRAME),
     }
     for problem, found in problems.items():
         if found:

@@ -20,12 +20,13 @@ from encoder.errors import DataError
 from encoder.geometry import ANYRES
 from encoder.pretrained import folder_kind, load_vision_tower
 from mllm.box_text import BoxCodec
-from mllm.checkpoint import SETTINGS_FILE, MllmSettings
 from mllm.config import PROJECTORS, MllmConfig
 from mllm.features import tower_features
 from mllm.lora import add_lora, lora_config
 from mllm.model import first_layer, freeze, join, llava_config, nano_llm_config
+from mllm.opening import read_mllm
 from mllm.region_tokens import RegionFields, RegionLlavaForConditionalGeneration, add_region_tokens
+from mllm.settings import SETTINGS_FILE, MllmSettings
 from mllm.tiles import read_grids
 from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token
 
@@ -45,7 +46,7 @@ def meta_mllm(config: MllmConfig) -> LlavaForConditionalGeneration:
             if config.new_regions and not isinstance(saved, RegionFields):
                 tokens = model.get_input_embeddings().num_embeddings
                 model.resize_token_embeddings(tokens + 1, pad_to_multiple_of=64, mean_resizing=False)
-                source = config.prompter or MllmSettings.read(config.model).tower_path
+                source = config.prompter or read_mllm(config.model)[1].tower_path
                 model = add_region_tokens(model, tokens, config.region_tokens, source)
         else:
             model = _joined(config)

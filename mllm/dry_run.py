@@ -7,18 +7,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
 
 from encoder.costs import state_bytes
 from encoder.errors import DataError
 from mllm.box_text import BoxCodec
-from mllm.checkpoint import MllmSettings
 from mllm.config import PARTS, MllmConfig
 from mllm.conversation import IMAGE
 from mllm.costs import low_bit_bytes, meta_mllm, mllm_cost
 from mllm.data import ConversationDataset
 from mllm.image_input import read_picture
 from mllm.model import Mllm, check_rows, check_settings, check_tiles, first_settings, part_of, read_tokenizer
+from mllm.opening import read_mllm
 from mllm.packing import TokenRow
 from mllm.preview import CELL, Sample, draw_sheet
 from mllm.regions import COORDS, Region, around_point
@@ -46,7 +45,7 @@ def dry_run(config: MllmConfig, processes: int = 1) -> Path:
         samples.append(sample_of(row, text, dataset, BoxCodec(mllm.settings.codec)))
     out = Path(config.output) / "first_batch.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(samples, mllm.settings.image.mode, mllm.settings.image.size).save(out)
+    draw_sheet(samples, mllm.settings.image.frame, mllm.settings.image.size).save(out)
     print(f"\nsupervised text stands in {' '.join(MARKS)}; the first batch of process 0 is drawn in {out}", flush=True)
     return out
 
@@ -56,7 +55,7 @@ def outline(config: MllmConfig) -> Mllm:
     model = meta_mllm(config)
     check_rows(config, model.config.text_config)
     if config.model:
-        tokenizer, settings = AutoTokenizer.from_pretrained(config.model), MllmSettings.read(config.model)
+        tokenizer, settings = read_mllm(config.model)
         check_settings(config, settings, model.config.projector_hidden_act)
         if config.template != "auto":
             settings.template = choose_template(tokenizer, config.template)

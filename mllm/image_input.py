@@ -23,6 +23,7 @@ class ImageInput:
     size: side of the square input, pixels
     mean, std: per channel, of pixels in [0, 1]
     tile_grids: of mode `anyres`, what a picture may be cut into, see `mllm.tiles`; of others none
+    boxes: geometry of the square that boxes are written in, where it is another than `mode`
     """
 
     mode: str
@@ -30,6 +31,7 @@ class ImageInput:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     tile_grids: tuple[Grid, ...] = ()
+    boxes: str | None = None
 
     @classmethod
     def of_tower(cls, path: str | Path, mode: str | None = None, tile_grids: Sequence[str] = ()) -> "ImageInput":
@@ -41,9 +43,14 @@ class ImageInput:
         grids = read_grids(tile_grids) if mode == ANYRES else ()
         return cls(mode, processor.size, tuple(processor.image_mean), tuple(processor.image_std), grids)
 
+    @property
+    def frame(self) -> str:
+        """Geometry of the square that boxes are written in."""
+        return self.boxes or self.mode
+
     def geometry(self, width: int, height: int) -> Geometry:
-        """The transform of a picture of `width` x `height` pixels."""
-        return Geometry(self.mode, width, height, self.size)
+        """The transform between boxes in a picture of `width` x `height` pixels and boxes as they are written."""
+        return Geometry(self.frame, width, height, self.size)
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Pictures -> (T, 3, size, size) float32, normalised: the square of each and, with `anyres`, its tiles behind it."""
@@ -72,12 +79,13 @@ class ImageInput:
 
     def as_dict(self) -> dict:
         grids = {"tile_grids": [list(grid) for grid in self.tile_grids]} if self.tile_grids else {}
-        return {"mode": self.mode, "size": self.size, "mean": list(self.mean), "std": list(self.std), **grids}
+        frame = {"boxes": self.boxes} if self.boxes else {}
+        return {"mode": self.mode, "size": self.size, "mean": list(self.mean), "std": list(self.std), **grids, **frame}
 
     @classmethod
     def from_dict(cls, values: dict) -> "ImageInput":
         grids = tuple(map(tuple, values.get("tile_grids", ())))
-        return cls(values["mode"], int(values["size"]), tuple(values["mean"]), tuple(values["std"]), grids)
+        return cls(values["mode"], int(values["size"]), tuple(values["mean"]), tuple(values["std"]), grids, values.get("boxes"))
 
 
 def read_picture(path: str | Path) -> Image.Image:

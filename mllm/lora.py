@@ -4,6 +4,7 @@ The model stays a `LlavaForConditionalGeneration`; only some of its linear layer
 are imported where they are used: they take seconds, and most runs need neither.
 """
 
+import logging
 import re
 from contextlib import contextmanager
 
@@ -74,6 +75,21 @@ def quantize(llm: nn.Module, bits: int, saved: torch.dtype) -> None:
         setattr(parent, leaf, _low_bit(getattr(parent, leaf), bits, saved).to(device))
 
 
+def bits_while_loading(bits: int, dtype: torch.dtype):
+    """`quantize` as an argument of `from_pretrained`, which then holds no layer in full but the one it reads.
+
+    dtype: of what stays as it is, and of the arithmetic; weights are quantised as they are in it
+    """
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not used
+    others = ["model.vision_tower", "model.multi_modal_projector", "model.region_tokens", "lm_head"]
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_skip_modules=others)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=others, **nf4)
+
+
 def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype) -> nn.Linear:
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
@@ -83,14 +99,20 @@ def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype) -> nn.Linear:
     if bits == 4:
         low = Linear4bit(**sizes, compute_dtype=kind, compress_statistics=True, quant_type="nf4", device="meta")
         low.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=low)
-        # On some processors evaluation would repack the weights for a bf16 kernel, and training would go on with those.
-        low.support_avx512bf16_for_cpu = False
+        keep_plain(low)
     else:
         low = Linear8bitLt(**sizes, has_fp16_weights=False, threshold=6.0, device="meta")
         low.weight = Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
     if layer.bias is not None:
         low.bias = layer.bias
     return low.train(layer.training)
+
+
+def keep_plain(model: nn.Module) -> None:
+    """Keeps 4-bit weights as they are: on some processors evaluation would repack them and round their scales to bf16."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def is_lora(name: str) -> bool:
@@ -117,9 +139,9 @@ def merged(state: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
 
 def remove_lora(model: LlavaForConditionalGeneration, scaling: float) -> LlavaForConditionalGeneration:
     """The model with its LoRA layers added to the weights and taken out; the base must be in full precision."""
-    state = merged(model.state_dict(), scaling)
     for name in [name for name, module in model.named_modules() if hasattr(module, "lora_A")]:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, model.get_submodule(name).base_layer)
-    model.load_state_dict(state)
+        layer, (parent, _, leaf) = model.get_submodule(name), name.rpartition(".")
+        weight = layer.base_layer.weight  # in place: the model is never there twice
+        weight.data.copy_(weight.data.float() + added(layer.state_dict(prefix=f"{name}."), name, scaling))
+        setattr(model.get_submodule(parent), leaf, layer.base_layer)
     return model

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from encoder.errors import DataError
 from mllm.importers import IMPORTERS, NATIVE
-from mllm.records import Sizes, check_record, picture_size, pictures_of, problems_of, read_records
+from mllm.records import Sizes, check_record, picture_path, picture_size, pictures_of, problems_of, read_records
 
 YAML = (".yaml", ".yml")
 
@@ -66,7 +66,7 @@ class Source:
     def take(self, record: dict, sizes: Sizes) -> dict:
         """A record of the file in our own form, with `_folder`, where its pictures lie."""
         try:
-            record = IMPORTERS[self.importer](record, lambda name: picture_size(self.folder / name, sizes))
+            record = IMPORTERS[self.importer](record, lambda name: picture_size(picture_path(self.folder, name), sizes))
             if self.images is None and pictures_of(record):
                 raise DataError("it has a picture, but images is not given; name the folder in the recipe")
         except DataError as error:

@@ -29,7 +29,7 @@ from encoder.errors import DataError
 from encoder.geometry import ANYRES
 from encoder.pretrained import load_vision_tower, weights_hash
 from mllm.box_text import BoxCodec
-from mllm.checkpoint import MllmSettings, load_mllm
+from mllm.checkpoint import load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig, layers_of
 from mllm.image_input import ImageInput
 from mllm.lora import add_lora, is_lora, lora_config, quantize
@@ -39,6 +39,7 @@ from mllm.projector import load_projector, load_region_projector, make_identity
 from mllm.records import texts_of
 from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens, check_prompter_folder
 from mllm.regions import COORDS
+from mllm.settings import MllmSettings
 from mllm.templates import choose_template, end_token_ids
 from mllm.tiles import Grid
 from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token, fast_tokenizer, train_sentencepiece
@@ -171,6 +172,11 @@ def _turn_on_regions(config: MllmConfig, model, tokenizer, settings: MllmSetting
         raise DataError(
             f"region_tokens {config.region_tokens} is new to {config.model}, and an adapter folder would not keep it; pass "
             "--save_adapter false, or turn it on in a run before"
+        )
+    if settings.image.boxes:
+        raise DataError(
+            f"region_tokens {config.region_tokens} needs boxes of the square that the tower sees, those of {config.model} are "
+            f"of {settings.image.boxes} and its pictures enter by {settings.image.mode}; leave region_tokens out"
         )
     source = config.prompter or settings.tower_path
     if config.region_tokens == "prompter":

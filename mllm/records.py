@@ -5,6 +5,7 @@ Everything is checked before training starts, so that a bad record is named at o
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -141,12 +142,25 @@ def _picture_problems(record: dict, images: Path, sizes: Sizes) -> Iterator[str]
     found, unread = [], False
     for name in names:
         try:
-            found.append(picture_size(images / name, sizes))
+            found.append(picture_size(picture_path(images, name), sizes))
         except DataError as error:
             unread = True
             yield f"{where}: {error}"
     if found and not unread:
         yield from _size_problems(record, images / names[0], found)
+
+
+def picture_path(images: Path, name: str) -> Path:
+    """Where a record's picture lies. DataError for a name that leaves the folder of images, by `..` or as an absolute path.
+
+    So a file of conversations from elsewhere opens no other picture of the machine. An absolute name in the folder is meant, and
+    with the folder `/` any is.
+    """
+    folder = os.path.abspath(images)
+    if not Path(os.path.abspath(os.path.join(folder, name))).is_relative_to(folder) or "\0" in name:
+        how = "name the folder that holds it, or / where any absolute path is meant" if os.path.isabs(name) else "correct it"
+        raise DataError(f"image {name!r} leaves the folder of images {images}; {how}")
+    return images / name
 
 
 def picture_size(path: Path, sizes: Sizes) -> tuple[int, int]:

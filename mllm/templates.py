@@ -130,6 +130,19 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     return name
 
 
+def lead_with_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a tokenizer of Llama's kind the tokens that LLaVA learned: the first word behind <s> and </s> has its space.
+
+    So it was in the tokenizers of that time; some of today put the space at the start of a text alone.
+    """
+    bos, text = tokenizer.bos_token or "", "A word"
+    alone, behind, spaced = (tokenizer(start + text, add_special_tokens=False)["input_ids"] for start in ("", bos, f"{bos} "))
+    if bos and behind[1:] != alone and spaced[1:] == alone:
+        template = tokenizer.chat_template.replace("bos_token", "bos_token + ' '", 1)
+        follows = "loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant'"
+        tokenizer.chat_template = template.replace("{{ 'USER: '", f"{{{{ (' ' if {follows} else '') + 'USER: '")
+
+
 def _same_text(tokenizer: PreTrainedTokenizerBase, own: str) -> str:
     """The name of our template that renders what `own` does."""
     theirs = _rendered(tokenizer, own)

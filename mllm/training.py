@@ -13,7 +13,7 @@ from encoder.distributed import choose_backend, rank, world_size
 from encoder.errors import DataError
 from mllm.adapter_folder import save_adapter
 from mllm.box_text import BoxCodec
-from mllm.checkpoint import SETTINGS_FILE, last_checkpoint, save_mllm
+from mllm.checkpoint import last_checkpoint, save_mllm
 from mllm.config import PARTS, MllmConfig, check_identity
 from mllm.data import ConversationDataset, pixel_collator
 from mllm.features import CachedTower, cache_features, feature_collator, measure_features, sample_features
@@ -22,6 +22,7 @@ from mllm.lora import merged
 from mllm.model import Mllm, build_mllm, freeze, part_of
 from mllm.projector import fit_projector
 from mllm.region_features import cache_region_features, measure_region_features
+from mllm.settings import SETTINGS_FILE
 from mllm.trainer import MllmTrainer
 
 RUN_FILE = "run.json"

@@ -10,6 +10,7 @@
     python scripts/convert_checkpoint.py --to llava_lora      ADAPTER OUT               # its LoRA folder, beside the base
     python scripts/convert_checkpoint.py --to mllm            LLAVA OUT --tower CLIP    # a released LLaVA-1.5, back again
     python scripts/convert_checkpoint.py --to mllm            LORA  OUT --tower CLIP --llm VICUNA      # or a projector alone
+    python scripts/convert_checkpoint.py --to mllm            STOCK OUT                 # of transformers' own llava or llava_next
     python scripts/convert_checkpoint.py --to mllm            ADAPTER OUT               # LoRA added to the weights it learned on
     python scripts/convert_checkpoint.py --to llm             LLM.gguf OUT              # the folder for --llm (needs `gguf`)
 
@@ -29,8 +30,10 @@ from encoder.export import export_clip, export_vision
 from encoder.from_clip import from_clip
 from encoder.pretrained import TOWERS, folder_kind, load_encoder, load_processor, load_vision_tower
 from mllm.adapter_folder import merge_adapter
-from mllm.checkpoint import SETTINGS_FILE, save_mllm
-from mllm.convert import read_llava, write_llava
+from mllm.checkpoint import save_mllm
+from mllm.convert import read_llava, read_stock, write_llava
+from mllm.opening import is_stock, local_folder
+from mllm.settings import SETTINGS_FILE
 
 ENCODERS, MLLMS = ("clip", "vision", "cloc"), ("llava", "llava_projector", "llava_lora", "mllm")
 # Which --to reads a flag.
@@ -65,6 +68,8 @@ def main() -> None:
     source, output = Path(arguments.source), Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not an empty folder; choose another output")
+    if arguments.to in MLLMS:
+        source = local_folder(source)
     adapter = (source / SETTINGS_FILE).is_file() and arguments.to == "mllm"
     check_flags(arguments, adapter)
     if arguments.to in MLLMS:
@@ -116,7 +121,12 @@ def convert_mllm(arguments: argparse.Namespace, source: Path, output: Path) -> N
         kind = {"llava": "whole", "llava_projector": "projector", "llava_lora": "lora"}[arguments.to]
         write_llava(source, output, arguments.tower, kind)
         return
-    mllm = read_llava(source, arguments.tower, arguments.llm, arguments.template or "vicuna_v1")
+    if is_stock(source):
+        if arguments.tower or arguments.llm:
+            raise DataError(f"{source} is a stock LLaVA, with its tower and language model in it; leave --tower and --llm out")
+        mllm = read_stock(source, arguments.template)
+    else:
+        mllm = read_llava(source, arguments.tower, arguments.llm, arguments.template or "vicuna_v1")
     dtype = getattr(torch, mllm.settings.dtype)
     save_mllm(output, mllm.model, mllm.tokenizer, mllm.settings, dtype, None, mllm.sentencepiece_model)
 

@@ -106,3 +106,19 @@ def test_a_good_file_leaves_with_zero(run, world):
         f"{world / 'good.json'}: 1 good records, 0 problems",
         "1 good records, 0 problems, 1 pictures",
     ]
+
+
+def test_pictures_outside_their_folder_are_named(run, world):
+    """By `..` or as an absolute path; an absolute path into the folder, or of the folder /, is meant."""
+    (world / "inside").mkdir()
+    Image.new("RGB", (40, 20), "white").save(world / "inside" / "b.png")
+    names = ["b.png", "../a.png", str(world / "a.png"), "b.png/../../a.png", str(world / "inside" / "b.png"), "a\0b"]
+    (world / "c.jsonl").write_text("\n".join(json.dumps(record(image=name)) for name in names))
+    status, printed = run(world / "c.jsonl", "--images", world / "inside")
+    assert status == 1 and printed[-1] == "2 good records, 4 problems, 1 pictures"
+    assert [line.split(", ")[1].split(":")[0] for line in printed[:4]] == ["line 2", "line 3", "line 4", "line 6"]
+    assert printed[0].endswith(f"line 2: image '../a.png' leaves the folder of images {world / 'inside'}; correct it")
+    assert printed[1].endswith("; name the folder that holds it, or / where any absolute path is meant")
+    absolute = [json.dumps(record(image=str(world / name))) for name in ("a.png", "inside/b.png")]
+    (world / "c.jsonl").write_text("\n".join(absolute))
+    assert run(world / "c.jsonl", "--images", "/")[0] == 0

@@ -15,7 +15,7 @@ unit = st.floats(0, 1)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["pad", "squash", "pad_corner"]), sides, sides, inputs, st.tuples(unit, unit, unit, unit))
+@given(st.sampled_from(["pad", "pad_first", "squash", "pad_corner"]), sides, sides, inputs, st.tuples(unit, unit, unit, unit))
 @example("pad", 1, 2000, 32, (0.0, 0.0, 1.0, 1.0))
 @example("pad", 1999, 3, 37, (0.0, 0.1, 1.0, 0.9))
 def test_boxes_round_trip(mode, width, height, size, corners):
@@ -50,7 +50,7 @@ def test_pad_fills_the_long_side_and_centres(width, height, size):
     assert full == pytest.approx((0, 1), abs=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["pad", "squash", "pad_corner"])
+@pytest.mark.parametrize("mode", ["pad", "pad_first", "squash", "pad_corner"])
 @pytest.mark.parametrize("width, height", [(61, 37), (37, 61), (50, 50), (200, 33)])
 def test_a_painted_box_lies_where_its_numbers_say(mode, width, height):
     """The pixels and the coordinates agree: a bright box is found again in the resized picture."""

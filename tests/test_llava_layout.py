@@ -127,7 +127,8 @@ def test_a_whole_llava_gives_its_own_logits(parts, read):
     tower = CLIPVisionModel.from_pretrained(folder / "clip")
     tower.load_state_dict({name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)})
     check_logits(model, state, language_model(folder), tower)
-    assert (settings.codec, settings.template, settings.dtype, settings.image.mode) == ("float2", "vicuna_v1", "float16", "pad")
+    read_as = settings.codec, settings.template, settings.dtype, settings.image.mode
+    assert read_as == ("float2", "vicuna_v1", "float16", "pad_first")
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "<image>\nwhere is it?"}], tokenize=False)
     assert prompt.endswith("questions. USER: <image>\nwhere is it? ASSISTANT:")
     assert build_mllm(MllmConfig(**recipe(folder, model=str(read), codec="float2"))).model.config.text_config.vocab_size >= 381

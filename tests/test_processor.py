@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor
+from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor, LlavaImageProcessorPil
 
 from encoder.errors import DataError
 from encoder.processor import OPENAI_MEAN, OPENAI_STD, ClocImageProcessor, ClocProcessor
@@ -81,3 +81,14 @@ def test_auto_classes_round_trip(tiny_folder, tiny_processor, painted, tmp_path)
 def test_bad_geometry_is_one_sentence():
     with pytest.raises(DataError, match="geometry is 'fit'; choose one of pad, squash, center_crop"):
         ClocImageProcessor(geometry="fit")
+
+
+@pytest.mark.parametrize("width, height", [(61, 37), (37, 60), (50, 50), (200, 33), (500, 375)])
+def test_padding_first_is_pixel_for_pixel_that_of_llava(width, height):
+    """transformers' processor with LLaVA's padding, whose colour is the mean that pixels are normalised by."""
+    noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(width))
+    stock = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40})
+    image = Image.fromarray(noise.numpy())
+    ours = ClocImageProcessor(size=40, geometry="pad_first")
+    expected = torch.as_tensor(stock(image, return_tensors="pt")["pixel_values"])
+    torch.testing.assert_close(ours(image)["pixel_values"], expected, rtol=0, atol=1e-6)
