@@ -20,7 +20,7 @@ from PIL import Image
 from encoder.errors import DataError
 from mllm.checkpoint import load_mllm
 from mllm.conversation import IMAGE
-from mllm.generation import CACHE, Box, GroundingModel
+from mllm.generation import Box, GroundingModel
 from mllm.packing import attends_to_all
 from mllm.prefix_cache import CACHE, new_state
 
@@ -242,12 +242,7 @@ class Talk:
         for _ in range(max_new_tokens):
             self._read = []  # and so it stays if the run is broken off half way
             fed = torch.tensor([feed], device=device)
-<<<<<<< HEAD
             out, more = model(input_ids=fed, **{CACHE: self._state}, use_cache=True, logits_to_keep=1, **more), {}
-=======
-            out = model(input_ids=fed, use_cache=True, logits_to_keep=1, **{CACHE: self._state}, **more)
-            self._state, more = getattr(out, CACHE), {}
->>>>>>> f87eec5 (Stock LLaVA folders open as they are; models load once, in their format and bits; pictures stay in their folder)
             self._read = read = read + feed
             token = next_token(out.logits[0, -1], temperature)
             if token in self._model.end_ids:

@@ -6,14 +6,12 @@ a batch have prefixes of one length: with geometry `anyres` pictures of differen
 (B questions, I pictures, P tokens of the prefix, L of the longest question.)
 """
 
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import LlavaModel
 
 from encoder.errors import DataError
 from mllm.box_text import BoxCodec
@@ -25,8 +23,6 @@ from mllm.regions import COORDS, REGION_TOKEN, RegionTable, as_region
 from mllm.templates import end_token_ids
 
 Box = tuple[float, float, float, float]
-# How the installed transformers calls the keys and values of what was read; the new name came with 5.24.
-CACHE = "cache" if "cache" in signature(LlavaModel.forward).parameters else "past_key_values"
 # What a language model's own generation_config may ask for, and greedy decoding must not do.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
@@ -163,11 +159,7 @@ class GroundingModel:
         longest = len(widened) + max(map(len, questions)) + max_new_tokens
         if attends_to_all(self.model.config.text_config, longest):
             ids_BL, mask_BL = self._padded([widened] * len(questions), questions)
-<<<<<<< HEAD
             more = {CACHE: self._prefix_state(widened, images, longest - len(widened))}
-=======
-            more = {CACHE: self._prefix_state(widened, images)}
->>>>>>> f87eec5 (Stock LLaVA folders open as they are; models load once, in their format and bits; pictures stay in their folder)
         else:  # A window would count the padding, and forget the prefix: every question in a row of its own from the start.
             ids_BL, mask_BL = self._padded([[]] * len(questions), [widened + question for question in questions])
             more = self.picture_inputs(images)
@@ -196,18 +188,10 @@ class GroundingModel:
         distinct = {id(image): image for image in images}
         ids_IP = torch.tensor([widened] * len(distinct), device=self.model.device)
         inputs = self.picture_inputs(list(distinct.values()))
-<<<<<<< HEAD
         state = new_state(self.model)
         self.model.model(input_ids=ids_IP, **inputs, **{CACHE: state}, use_cache=True)
         place = {key: row for row, key in enumerate(distinct)}
         return spread(state, torch.tensor([place[id(image)] for image in images], device=self.model.device), room)
-=======
-        state = getattr(self.model.model(input_ids=ids_IP, **inputs, use_cache=True), CACHE)
-        if len(distinct) < len(images):
-            place = {key: row for row, key in enumerate(distinct)}
-            state.batch_select_indices(torch.tensor([place[id(image)] for image in images], device=self.model.device))
-        return state
->>>>>>> f87eec5 (Stock LLaVA folders open as they are; models load once, in their format and bits; pictures stay in their folder)
 
     def _padded(self, starts: list[list[int]], ends: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of a start, padding and an end, and their attention mask: (B, P + L) each. All starts are of one length."""
