@@ -34,7 +34,7 @@ def write_parts(folder: Path) -> None:
     """A language model and a tower of these shapes, in bfloat16, as their releases are."""
     LlamaForCausalLM(LlamaConfig(**LLM, dtype="bfloat16")).bfloat16().save_pretrained(folder / "llm")
     words = (f"word {number} of a small vocabulary" for number in range(2000))
-    fast_tokenizer(train_sentencepiece(words, 300), 2048).save_pretrained(folder / "llm")
+    fast_tokenizer(train_sentencepiece(words, 400), 2048).save_pretrained(folder / "llm")
     CLIPVisionModel(CLIPVisionConfig(**TOWER)).bfloat16().save_pretrained(folder / "tower")
 
 

@@ -144,15 +144,11 @@ def main() -> None:
     parser.add_argument("--caption_tokens", type=int, default=64, help="longest caption, tokens (default 64)")
     parser.add_argument("--phrase_tokens", type=int, default=8, help="longest region text, tokens (default 8)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if on_gpu else "fp32")
-    parser.add_argument(
-        "--zero_stage", type=int, help="ZeRO stage, 0 to 3 (default 1 in bf16, 0 in fp32: one process shards nothing)"
-    )
+    parser.add_argument("--zero_stage", type=int, default=0, help="ZeRO stage, 0 to 3 (default 0: one process shards nothing)")
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="clipping, of both (default 1; 0 clips neither)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, in which the variants take turns (default 3)")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     arguments = parser.parse_args()
-    if arguments.zero_stage is None:
-        arguments.zero_stage = 0 if arguments.precision == "fp32" else 1
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     start_process_group()

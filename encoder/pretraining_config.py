@@ -42,7 +42,7 @@ class PretrainConfig:
         all positions stay (FLIP, arXiv 2212.00794). Finish with a short run without it, from this one's model
     gradient_checkpointing: recompute each layer in the backward pass: far less memory for one more forward pass
     compile: run each layer through torch.compile; goes on without where no compiler works. Not with zero_stage 3
-    precision: bf16 or fp32
+    precision: bf16 or fp32; bf16 with zero_stage 0 is autocast on float32 weights
     zero_stage: DeepSpeed ZeRO stage, 0 to 3
     recaption_ratio: how often an image that has both is shown with one of its captions and not with its alt-text
     shuffle_window: records that are shuffled together; the shards they lie in are read at the same time
@@ -102,8 +102,6 @@ class PretrainConfig:
         for key in ("ema_decay", "patch_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise DataError(f"{key} is {getattr(self, key)}; give 0 (off) or a share below 1")
-        if self.ema_decay and self.zero_stage == 0 and self.precision == "bf16":
-            raise DataError("ema_decay is given with zero_stage 0, where bf16 keeps no state to average; choose 1, 2 or 3")
         if self.compile and self.zero_stage == 3:
             raise DataError("compile is true with zero_stage 3, whose weights come and go within a layer; choose 0, 1 or 2")
 

@@ -62,17 +62,18 @@ def _told_to_peft(model: nn.Module):
         del model.is_loaded_in_4bit, model.is_loaded_in_8bit
 
 
-def quantize(llm: nn.Module, bits: int, saved: torch.dtype) -> None:
+def quantize(llm: nn.Module, bits: int, saved: torch.dtype, computed: torch.dtype | None = None) -> None:
     """Linear layers of a language model in 4 bits (NF4, scales quantised too: arXiv 2305.14314) or 8 (arXiv 2208.07339).
 
     saved: weights are rounded to this format first, so that training and whoever reloads quantise the same numbers
+    computed: what layers in 4 bits multiply in; none takes the format that the weights have now
     The head and the embeddings are not among `llm`'s linear layers and keep their format.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]:
         parent, _, leaf = name.rpartition(".")
         parent = llm.get_submodule(parent)
-        setattr(parent, leaf, _low_bit(getattr(parent, leaf), bits, saved).to(device))
+        setattr(parent, leaf, _low_bit(getattr(parent, leaf), bits, saved, computed).to(device))
 
 
 def bits_while_loading(bits: int, dtype: torch.dtype):
@@ -90,14 +91,15 @@ def bits_while_loading(bits: int, dtype: torch.dtype):
     return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=others, **nf4)
 
 
-def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype) -> nn.Linear:
+def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype, computed: torch.dtype | None) -> nn.Linear:
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    kind = layer.weight.dtype
     sizes = {"input_features": layer.in_features, "output_features": layer.out_features, "bias": layer.bias is not None}
     weight = layer.weight.data.to(saved).float()
     if bits == 4:
-        low = Linear4bit(**sizes, compute_dtype=kind, compress_statistics=True, quant_type="nf4", device="meta")
+        low = Linear4bit(
+            **sizes, compute_dtype=computed or layer.weight.dtype, compress_statistics=True, quant_type="nf4", device="meta"
+        )
         low.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=low)
         keep_plain(low)
     else:

@@ -73,8 +73,6 @@ def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     mllm = _from_folder(config, dtype) if config.model else _from_parts(config, dtype)
     check_rows(config, mllm.model.config.text_config)
     check_tiles(config, mllm.settings)
-    if config.llm_bits:
-        quantize(mllm.model.model.language_model, config.llm_bits, getattr(torch, config.save_dtype))
     if config.uses_lora:
         torch.manual_seed(config.seed)
         mllm.lora = lora_config(mllm.model, config)
@@ -115,7 +113,12 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     layer = first_layer(config, tower.config)
     torch.manual_seed(config.seed)  # after the tower: two towers of one size then meet the same initial weights
     tokenizer, proto = read_tokenizer(config)
-    llm = _nano_llm(config, tokenizer) if config.llm_preset else _load_llm(config, tokenizer, dtype)
+    saved = getattr(torch, config.save_dtype)
+    # What will be in low bits is rounded to the format of saving anyway, so it is never in memory in a longer one.
+    kept = saved if config.llm_bits else dtype
+    llm = _nano_llm(config, tokenizer) if config.llm_preset else _load_llm(config, tokenizer, kept)
+    if config.llm_bits:
+        quantize(llm.base_model, config.llm_bits, saved, dtype)
     settings = first_settings(config, tokenizer)
     model = join(tower, llm.to(dtype), tokenizer, layer, PROJECTORS[config.projector_type], settings.image.tile_grids)
     if config.projector:
@@ -133,6 +136,8 @@ def _from_folder(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     model, tokenizer, settings = load_mllm(config.model, dtype, config.attention)
     settings.base = {}  # of an adapter folder, whose weights are in the model now
     check_settings(config, settings, model.config.projector_hidden_act)
+    if config.llm_bits:
+        quantize(model.model.language_model, config.llm_bits, getattr(torch, config.save_dtype), dtype)
     turned_on = config.new_regions and settings.regions == COORDS
     if turned_on:
         model = _turn_on_regions(config, model, tokenizer, settings)
@@ -340,4 +345,4 @@ def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trained and not (fixed and fixed in name))
         if not parameter.requires_grad and parameter.is_floating_point():  # else in low bits, where it was rounded before
-            parameter.data = parameter.data.to(save_dtype).to(parameter.dtype)
+            parameter.data.copy_(parameter.data.to(save_dtype))

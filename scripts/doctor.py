@@ -143,6 +143,8 @@ def encoder_rows(config, loss_config, processes: int, memory: float | None) -> t
         )
     model = costs.meta_encoder(config, loss_config)
     cost = costs.encoder_cost(model, config)
+    if config.zero_stage == 0:  # bf16 is autocast then, on float32 weights
+        model.float()
     states = costs.state_bytes(model, config.zero_stage, processes, config.ema_decay > 0)
     fixed = {**states, "loss": costs.loss_bytes(model, config, loss_config)}
     each = cost.activation_bytes(config.gradient_checkpointing)

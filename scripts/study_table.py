@@ -1,6 +1,7 @@
 """The table of a study: a row per variant with its intervals, and its differences to the recipe, paired by question.
 
 Seeds are pooled: a question counts once per seed, and an interval redraws pictures, with all that was asked about them.
+What several seeds are apart is beside it, the lowest and the highest of them: an interval over pictures does not know it.
 """
 
 import json
@@ -73,10 +74,11 @@ def best_reading(runs: dict[int, Run], benchmark: str, metric: str) -> str | Non
     return max(values, key=values.get) if values else None
 
 
-def shown(interval: Interval, signed: bool = False) -> str:
-    """Percent with the interval."""
-    value, low, high = (100 * number for number in (interval.value, interval.low, interval.high))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" if signed else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+def shown(interval: Interval, of_seeds: list[float], signed: bool = False) -> str:
+    """Percent with the interval and, of several seeds, the lowest and the highest."""
+    values = interval.value, interval.low, interval.high, min(of_seeds), max(of_seeds)
+    value, low, high, lowest, highest = (f"{100 * number:{'+' if signed else ''}.1f}" for number in values)
+    return f"{value} [{low}, {high}]" + (f", seeds {lowest} to {highest}" if len(of_seeds) > 1 else "")
 
 
 def rows_of(name: str, runs: dict[int, Run]) -> list[tuple[str, dict[str, tuple[str, str]]]]:
@@ -122,15 +124,17 @@ def write_table(out: Path, order: list[str]) -> str:
                     continue
                 scored = {seed: run.scored[benchmark][reading] for seed, run in runs.items()}
                 interval = pooled(list(scored.values()), metric)
-                numbers[column] = {**vars(interval), "read_by": reading}
+                of_seeds = [pooled([run], metric).value for run in scored.values()]
+                numbers[column] = {**vars(interval), "of_seeds": of_seeds, "read_by": reading}
                 by = READ_BY.get(reading, reading) if "objective" in runs[min(runs)].result["changed"] else ""
-                texts.append(shown(interval) + (f" ({by})" if by else ""))
+                texts.append(shown(interval, of_seeds) + (f" ({by})" if by else ""))
                 bases = {seed: run.scored[benchmark].get("prompter") for seed, run in studies.get(BASE, {}).items()}
                 shared = [seed for seed in scored if bases.get(seed)]
                 if shared and title != BASE:
                     change = difference([scored[seed] for seed in shared], [bases[seed] for seed in shared], metric)
-                    numbers[column]["difference"] = vars(change)
-                    differences.append(shown(change, signed=True))
+                    of_seeds = [difference([scored[seed]], [bases[seed]], metric).value for seed in shared]
+                    numbers[column]["difference"] = {**vars(change), "of_seeds": of_seeds}
+                    differences.append(shown(change, of_seeds, signed=True))
                 else:
                     differences.append("-")
             lines.append([title, *texts, speed, ", ".join(map(str, sorted(runs)))])

@@ -129,6 +129,7 @@ def on_the_cpu(region_shards, tmp_path_factory):
     ("flags", "tolerance"),
     [
         ("--precision fp32 --zero_stage 0", 1e-3),
+        ("--precision bf16 --zero_stage 0 --ema_decay 0.9", 5e-2),
         ("--precision bf16 --zero_stage 1", 5e-2),
         ("--precision bf16 --zero_stage 2 --compile true --ema_decay 0.9", 5e-2),
         ("--precision bf16 --zero_stage 3 --gradient_checkpointing true --micro_batch_size 4", 5e-2),

@@ -25,6 +25,7 @@ ENGINES = {  # name: (fields of PretrainConfig, LossConfig); each is run at once
     "zero1": ({"zero_stage": 1}, SOFTMAX),
     "zero2": ({"zero_stage": 2}, SIGMOID),
     "zero3": ({"zero_stage": 3}, SOFTMAX),
+    "zero0 bf16": ({"zero_stage": 0, "precision": "bf16"}, SOFTMAX),
     "zero1 bf16": ({"zero_stage": 1, "precision": "bf16"}, SOFTMAX),
 }
 STEPS = 3
