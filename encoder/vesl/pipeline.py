@@ -1,10 +1,11 @@
-"""Labels a collection: stage after stage over all shards, so that one model is loaded at a time (arXiv 2410.02746, section 4).
+"""Labels a collection by the stages of arXiv 2410.02746, section 4; which run at the same time is the engine's affair.
 
 What is finished is skipped. The stages may run apart, on other days and machines; what they found lies in the output folder.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,23 @@ from encoder.data.sources.shards import write_json
 from encoder.errors import DataError
 from encoder.vesl.inputs import Input, TarInput
 from encoder.vesl.stage_files import LabelFolder, whole_file
-from encoder.vesl.stages import LabelJob, Progress, Worker
+from encoder.vesl.stages import LabelJob, Worker
 
-# An engine does one stage for some shards. It calls the third argument with what each loaded part says of itself, before any
-# work is done with it, and the fourth with shares of a shard as they are done.
-Engine = Callable[[LabelJob, str, list[Input], Callable[[dict[str, Any]], None], Progress], None]
+Check = Callable[[str, dict[str, Any]], None]  # told what a stage's part says of itself; DataError where it must not work
+Bar = Callable[..., tqdm]  # a progress bar over shards: bar(total=..., desc=...)
+# An engine does the stages for the shards that each has left, in the order of the stages. It calls `check` with each part that
+# it loads, before any work is done with it.
+Engine = Callable[[LabelJob, dict[str, list[Input]], Check, Bar], None]
 
 
-def run_here(job: LabelJob, stage: str, shards: list[Input], check: Callable[[dict[str, Any]], None], progress: Progress) -> None:
-    """The engine of a single process: one shard after the other."""
-    worker = Worker(job, stage)
-    check(worker.describe())
-    for shard in shards:
-        worker.run(shard, progress)
+def run_here(job: LabelJob, left: dict[str, list[Input]], check: Check, bar: Bar) -> None:
+    """The engine of a single process: stage after stage over all shards, so that one model is loaded at a time."""
+    for stage, shards in left.items():
+        worker = Worker(job, stage)
+        check(stage, worker.describe())
+        with bar(total=len(shards), desc=stage) as progress:
+            for shard in shards:
+                worker.run(shard, progress.update)
 
 
 def label(
@@ -58,13 +63,12 @@ def label(
         if redo:
             folder.redo(redo)
         folder.claim(source, settings)
-        for stage in wanted:
-            left = [shard for shard in inputs if not folder.has(stage, shard.name)]
-            if not left:
-                continue
-            form = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} shards [{elapsed}<{remaining}]"
-            with tqdm(total=len(left), desc=stage, bar_format=form, disable=not progress) as bar:
-                engine(job, stage, left, lambda part, stage=stage: folder.record_part(stage, part), bar.update)
+        left = {stage: [shard for shard in inputs if not folder.has(stage, shard.name)] for stage in wanted}
+        left = {stage: shards for stage, shards in left.items() if shards}
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} shards [{elapsed}<{remaining}]"
+        bar = partial(tqdm, bar_format=form, disable=not progress)
+        if left:
+            engine(job, left, folder.record_part, bar)
         return _summary(folder, [shard.name for shard in inputs])
 
 

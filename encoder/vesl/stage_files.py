@@ -11,6 +11,7 @@ A file appears under its name when it is whole, so whatever a killed run left is
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,8 @@ class LabelFolder:
         source: what `open_input` says of the input; settings: of each stage that will run
         """
         found = self.manifest() or {"format": FORMAT, "input": source, "stages": {}}
+        for cut_off in [*self.path.glob("*.partial"), *self.path.glob("stages/*/*.partial")]:
+            cut_off.unlink(missing_ok=True)
         if difference := first_difference(found["input"], source):
             raise DataError(f"{self.path} was made of another input ({difference}); give another output, or remove the folder")
         for stage, wanted in settings.items():
@@ -174,7 +177,10 @@ def first_difference(there: Any, asked: Any, key: str = "") -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end of the block; a reader of `path` never sees a part."""
-    partial = path.with_name(path.name + ".partial")
+    """A path to write to, which becomes `path` at the end of the block; a reader of `path` never sees a part.
+
+    No two writers share one: on a cluster, a process that was thought dead may still be at the same shard.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     yield partial
     os.replace(partial, path)

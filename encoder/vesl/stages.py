@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 
 from encoder.data.records import parse_sample
-from encoder.data.sources.shards import write_json
 from encoder.errors import DataError
 from encoder.vesl.inputs import Input, OpenShard, Sample
 from encoder.vesl.stage_files import STAGES, LabelFolder, whole_file
@@ -266,7 +265,8 @@ def write_shard(job: LabelJob, shard: OpenShard, rows: dict[str, list[dict]], na
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     stats = {"counts": {key: number for key, number in counts.items() if number}, "problems": problems}
-    write_json(job.output.stats(name), stats)
+    with whole_file(job.output.stats(name)) as path:
+        path.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
 
 
 def _record(job: LabelJob, shard: OpenShard, sample: Sample, results: dict[str, dict]) -> dict[str, Any]:
