@@ -11,6 +11,9 @@ from eval.metrics import Interval, SignTest
 from eval.predictions import Evaluation, find_evaluations, first_difference, load_evaluation
 from eval.scoring import Scored, score_questions
 
+# Tasks whose answers are better or worse, but not right or wrong.
+GRADED = ("judged", "describing")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -206,7 +209,8 @@ class Example:
 
 
 def examples(first: list[Entry], second: list[Entry], count: int) -> dict[str, tuple[int, list[Example]]]:
-    """Up to `count` questions each that only the first, only the second and none of the runs got right.
+    """Up to `count` questions each that only the first, only the second and none of the runs got right; of a task in `GRADED`
+    those that the first and the second answered better.
 
     first, second: entries of the same benchmarks and splits. Most disagreement first, at most one question per picture.
     Returns group -> (number of all such questions, examples).
@@ -215,7 +219,11 @@ def examples(first: list[Entry], second: list[Entry], count: int) -> dict[str, t
     for a, b in zip(first, second, strict=True):
         scores_a, scores_b = (e.scored.hits if e.scored.iou is None else e.scored.iou for e in (a, b))
         for index, (hit_a, hit_b) in enumerate(zip(a.scored.hits, b.scored.hits, strict=True)):
-            if hit_a and hit_b:
+            if a.scored.task in GRADED:
+                hit_a, hit_b = hit_a > hit_b, hit_b > hit_a
+                if not (hit_a or hit_b):
+                    continue
+            elif hit_a and hit_b:
                 continue
             answers = (a.evaluation.predictions[index], b.evaluation.predictions[index])
             example = Example(a.evaluation, index, answers, (float(scores_a[index]), float(scores_b[index])))

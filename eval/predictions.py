@@ -222,6 +222,13 @@ def load_evaluation(folder: Path) -> Evaluation:
         if prediction.id in by_id:
             raise DataError(f"{path}: id {prediction.id} is answered twice; remove one of the two lines")
         by_id[prediction.id] = prediction
+    known = {target.id for target in targets}
+    unknown = next((id for id in by_id if id not in known), None)
+    if unknown is not None:
+        raise DataError(
+            f"{path}: id {unknown} answers no question of targets.jsonl; these are predictions of another split or data set, "
+            "remove the folder and evaluate again"
+        )
     missing = [target.id for target in targets if target.id not in by_id]
     if missing:
         raise DataError(
@@ -241,9 +248,6 @@ def load_evaluation(folder: Path) -> Evaluation:
                 f"{path}: id {target.id} was asked '{answer.prompt[:60]}', the question is about '{target.text[:60]}'; "
                 "these are predictions of another split or data set"
             )
-    if len(by_id) > len(targets):
-        unknown = next(iter(by_id.keys() - {target.id for target in targets}))
-        raise DataError(f"{path}: id {unknown} answers no question of targets.jsonl; remove the folder and evaluate again")
     return Evaluation(folder, run, targets, [by_id[target.id] for target in targets])
 
 

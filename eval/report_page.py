@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import report_plots
-from eval.comparison import Entry, Example, Pair, Row, Run, examples, variants_compared
+from eval.comparison import GRADED, Entry, Example, Pair, Row, Run, examples, variants_compared
 from eval.metrics import SIZE_EDGES, Interval, size_name
 from eval.paper_tables import as_html, paper_tables
 from eval.report_pictures import draw_example, image_folder
@@ -27,6 +27,8 @@ td small { display: block; color: #666; font-weight: 400 }
 td:first-child { white-space: normal; min-width: 8rem }
 @media (max-width: 32rem) { th, td { padding: .3rem .3rem } }
 table.small { font-size: .82rem } table.small small { white-space: normal }
+table.paper th, table.paper td { padding: .3rem .45rem } th.group { text-align: center; border-bottom: 1px solid #bbb }
+tr.own td { font-weight: 600 }
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; text-align: left }
 td.ahead { color: #0a6b2c; font-weight: 600 } td.behind { color: #a3261b; font-weight: 600 }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start } .plots img { max-width: 100%; height: auto }
@@ -159,6 +161,8 @@ def _groups(runs: list[Run], rows: list[Row], names: list[str]) -> list[str]:
     plots = []
     for benchmark, splits in _by_benchmark(rows).items():
         pooled = {run.name: [run.entries[name][0] for name in splits] for run in runs if splits <= run.entries.keys()}
+        if any(entry.scored.task in GRADED for entries in pooled.values() for entry in entries):
+            continue
         kinds, sizes, lengths = {}, {}, {}
         for name, entries in pooled.items():
             hits = np.concatenate([entry.scored.hits for entry in entries])
@@ -205,14 +209,17 @@ def _examples(runs: list[Run], pair: Pair, rows: list[Row], count: int, images: 
         entries: tuple[list[Entry], list[Entry]] = tuple([run.entries[name][0] for name in both] for run in (first, second))
         total = sum(len(entry.scored.ids) for entry in entries[0])
         parts.append(f"<h3>{escape(benchmark)}</h3>")
+        graded = entries[0][0].scored.task in GRADED
         titles = {
-            "first": f"only {pair.first} is right",
-            "second": f"only {pair.second} is right",
+            "first": f"{pair.first} is better" if graded else f"only {pair.first} is right",
+            "second": f"{pair.second} is better" if graded else f"only {pair.second} is right",
             "neither": "both are wrong",
         }
-        for group, (number, chosen) in examples(*entries, count).items():
+        found = examples(*entries, count)
+        for group in (group for group in found if not (graded and group == "neither")):
+            number, chosen = found[group]
             share = f"{number:,} of {total:,} questions ({100 * number / total:.1f}%)"
-            order = ", most disagreement first" if entries[0][0].scored.iou is not None else ""
+            order = ", most disagreement first" if graded or entries[0][0].scored.iou is not None else ""
             parts.append(f"<p><b>{escape(titles[group][0].upper() + titles[group][1:])}</b>: {share}{order}</p>")
             cards = (_card(example, pair, colours, image_folder(example.evaluation, images)) for example in chosen)
             parts.append(f'<div class="cards">{"".join(cards)}</div>')

@@ -252,3 +252,25 @@ def test_examples_are_sorted_by_disagreement_one_per_picture(tmp_path):
         assert gaps == sorted(gaps, reverse=True)
         pictures = [example.evaluation.targets[example.index].image for example in chosen]
         assert len(set(pictures)) == len(pictures) > 0
+
+
+def test_answers_that_are_more_or_less_right_are_not_called_right_or_wrong(tmp_path, pictures, monkeypatch):
+    """Descriptions: who is better on how many questions, the greatest difference first."""
+    texts = [f"a {'very ' * i}big dog near the {'tree' if i % 2 else 'old house'}" for i in range(5)]
+    box = (0.0, 0.0, 80.0, 60.0)
+    targets = [Target(str(i), f"{i}.png", 80, 60, text, box, "", answers=(text,)) for i, text in enumerate(texts)]
+    # The first run says everything, but a half of question 1 and nothing on 2; the second nothing, but all of 1 and 2.
+    said = {"a": [texts[0], texts[1][:12], "", texts[3], "x"], "b": ["x", texts[1], texts[2], texts[3], "x"]}
+    for name, answers in said.items():
+        protocol = {"benchmark": "visual_genome_describing", "split": "regions", "task": "describing", **PROTOCOL}
+        log = PredictionLog(tmp_path / name / "vg/regions", protocol, {"kind": "mllm"}, targets, {"images": str(pictures)})
+        log.append([Prediction(t.id, t.image, "", raw) for t, raw in zip(targets, answers, strict=True)])
+    entries = [load_run(str(tmp_path / name)).entries["visual_genome_describing/regions"] for name in said]
+    groups = examples(*entries, 9)
+    assert {name: (number, [e.index for e in chosen]) for name, (number, chosen) in groups.items()} == {
+        "first": (1, [0]), "second": (2, [2, 1]), "neither": (0, []),
+    }  # fmt: skip
+    run(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "report")
+    text = " ".join(Page((tmp_path / "report/report.html").read_text()).text)
+    assert "B is better" in text and "2 of 5 questions (40.0%), most disagreement first" in text
+    assert "is right" not in text and "both are wrong" not in text.lower() and "By kind of question" not in text
