@@ -70,8 +70,7 @@ def train_command(name: str, tower: str, args: argparse.Namespace) -> list[str]:
     """Trains one variant on one tower."""
     variant, output = VARIANTS[name], run_folder(args.out, name, tower) / "mllm"
     common = ["--output", str(output), "--max_steps", str(args.steps), "--save_every", "100", "--val_every", str(args.steps)]
-    if "false" not in variant.flags:  # where features are kept, once for all variants of a tower
-        common += ["--cache_folder", str(args.out / "features")]
+    common += ["--cache_folder", str(args.out / "features")]  # once for all variants of a tower
     script = [PYTHON, "scripts/finetune_mllm.py"]
     if variant.layer is None:
         start = ["scripts/recipes/nano_balance.yaml", *balanced_data(args.out / "scenes", "pointed")]

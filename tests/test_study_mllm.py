@@ -44,7 +44,6 @@ def test_a_variant_changes_its_own_fields_and_no_other(arguments):
             "train": ["projector", "llm", "tower"],
             "tower_learning_rate": study_mllm.TUNED_RATE,
             "cache_features": False,
-            "cache_folder": None,
         },
     }
     for tower in ("clip", "cloc"):
