@@ -23,7 +23,7 @@ from encoder.errors import DataError
 from encoder.geometry import ANYRES
 from encoder.pretrained import weights_hash
 from mllm.image_input import ImageInput
-from mllm.lora import bits_while_loading, keep_plain, quantize
+from mllm.lora import bits_while_loading, choose_kernels, quantize
 from mllm.opening import local_folder, read_mllm
 from mllm.regions import COORDS
 from mllm.settings import SETTINGS_FILE, MllmSettings
@@ -80,7 +80,7 @@ def load_mllm(
         )
     if settings.tower_hash:
         check_tower(folder, saved_tower_hash(folder), settings)
-    keep_plain(model)
+    choose_kernels(model, fast=dtype == torch.bfloat16)
     model.config.image_seq_length = num_square_tokens(model.config)
     return model.eval(), tokenizer, settings
 

@@ -224,3 +224,15 @@ def test_what_is_no_picture_is_a_sentence_and_the_page_lives_on(page, scenes, tm
     assert ask(page, "我在哪里?")
     page.set_viewport_size({"width": 390, "height": 844})  # a phone's: nothing to scroll sideways
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_models_are_loaded_again_in_few_bits(page, scenes, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    put(page, scenes[0], tmp_path)
+    page.get_by_role("button", name="Settings").click()
+    for weights in ("4-bit weights", "full weights"):
+        page.get_by_label("Language model").click()
+        page.get_by_role("option", name=weights).click()
+        page.get_by_role("button", name="Load again").click()
+        expect(page.locator("#status")).to_contain_text(f"The models are on cpu, with {weights}.")
+        assert ask(page, "Where is it?")

@@ -1,6 +1,7 @@
 """Stock LLaVA folders opened as they are, against stock transformers' own processor and generate; and folders that are none."""
 
 import json
+import os
 import runpy
 import shlex
 import shutil
@@ -16,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from stock_fixtures import SIZE, StockReference, pictures, write_stock
 
-from demo.models import count_parameters
+from demo import models as demo_models
+from demo.models import Models, Settings, count_parameters, load_chat
+from demo.session import Session, ask
 from encoder.errors import DataError
 from mllm import training
 from mllm.chat import GroundingChat
@@ -121,10 +124,11 @@ def test_the_chat_template_is_known_by_what_it_renders(stock, tmp_path, name):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_low_bits_come_while_loading_and_are_those_of_afterwards(stock, images, bits):
+def test_low_bits_come_while_loading_and_are_those_of_afterwards(stock, images, bits, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from mllm.lora import quantize
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # `quantize` would go there
     low, after = (GroundingChat.from_pretrained(stock["llava"], bits=given) for given in (bits, None))
     quantize(after.model.model.model.language_model, bits, torch.float16)
     mine, theirs = (chat.model.model.state_dict() for chat in (low, after))
@@ -238,3 +242,53 @@ def test_training_goes_on_from_a_stock_folder(stock, images, tmp_path, kind):
     size = record["width"], record["height"]
     assert size[0] != size[1]
     assert padded_box(*size, record["regions"][0]["box"]) in chat.model.tokenizer.decode(row.ids)
+
+
+def test_four_bits_in_bfloat16_answer_as_in_float32(monkeypatch):
+    """By the processor's own kernel where it has one; layers of sizes that it cannot take keep the plain way."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from bitsandbytes.functional import has_avx512bf16
+
+    from mllm.lora import choose_kernels, quantize
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # of the processor
+    torch.manual_seed(0)
+    weights = [torch.randn(out, given) for given, out in ((128, 64), (96, 64), (128, 40))]
+    for weight in weights:
+        x, results = torch.randn(3, weight.shape[1]), []
+        for dtype in (torch.float32, torch.bfloat16):
+            layers = torch.nn.Sequential(torch.nn.Linear(*weight.shape[::-1], bias=False, dtype=dtype)).eval()
+            layers[0].weight.data = weight.to(dtype)
+            quantize(layers, 4, torch.bfloat16)
+            if dtype == torch.bfloat16:
+                layers[0].support_avx512bf16_for_cpu = has_avx512bf16()
+                choose_kernels(layers, fast=True)
+            with torch.inference_mode():
+                results.append(layers(x.to(dtype)).float())
+        torch.testing.assert_close(*results, rtol=0.02, atol=0.02 * results[0].abs().max().item())
+        fits = tuple(weight.shape) == (64, 128)
+        assert getattr(layers[0].weight.quant_state, "packing_format_for_cpu", False) == (fits and has_avx512bf16())
+
+
+def test_the_demo_takes_the_number_format_that_fits(stock, monkeypatch):
+    """float32 on the processor up to half of the memory, then bfloat16; what does not fit at all is a sentence at once."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for share, given, kept in ((0.1, None, torch.float32), (0.3, None, torch.bfloat16), (0.1, torch.bfloat16, torch.bfloat16)):
+        monkeypatch.setattr(demo_models, "count_parameters", lambda folder, share=share: share * memory / 2)
+        assert load_chat(stock["llava"], "cpu", None, given).model.model.dtype == kept
+    monkeypatch.setattr(demo_models, "count_parameters", lambda folder: memory)
+    with pytest.raises(DataError, match="its weights take .* GiB and this machine has .*; take 4 or 8 bits"):
+        load_chat(stock["llava"], "cpu", None)
+    assert load_chat(stock["llava"], "cpu", 8).model.model.dtype == torch.bfloat16
+
+
+def test_the_demo_asks_a_stock_llava_about_a_mark(stock, images, tiny_folder):
+    models = Models([stock["llava"], stock["llava_next"]], tiny_folder)
+    assert not models.errors
+    session = Session()
+    session.start(images[0])
+    session.draw("", "box", [BOX[:2], BOX[2:]])
+    list(ask(session, "What is [1]?", models, Settings(max_new_tokens=8)))
+    for reply, kind in zip(session.turns[0].replies, KINDS, strict=True):
+        question = f"What is {padded_box(*images[0].size)}?"
+        assert not reply.error and reply.answer.text == StockReference(stock[kind]).answer(images[0], question, 8)
