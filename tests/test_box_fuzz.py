@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mllm.box_text import CODECS, BoxCodec
 
 CASES = int(os.environ.get("BOX_FUZZ_CASES", "1000"))
+pytestmark = pytest.mark.timeout(max(600, CASES // 10))  # seconds; 100,000 cases take minutes
 corners = st.tuples(*[st.floats(0, 1)] * 4)
 box = corners.map(lambda c: torch.tensor([min(c[0::2]), min(c[1::2]), max(c[0::2]), max(c[1::2])]))
 written = st.builds(lambda name, value: BoxCodec(name).encode(value), st.sampled_from(CODECS), box)
