@@ -57,9 +57,11 @@ def load_mllm(
         if bits and not settings.llm_bits:
             quantize(model.model.language_model, bits, getattr(torch, settings.dtype))
         return placed(model, device_map), tokenizer, settings
-    how = {"dtype": dtype, "attn_implementation": attention, "device_map": device_map or "cpu"}
+    how = {"dtype": dtype, "attn_implementation": attention}
     if bits:
-        how["quantization_config"] = bits_while_loading(bits, dtype)
+        how |= {"quantization_config": bits_while_loading(bits, dtype), "device_map": device_map or "cpu"}
+    elif device_map is not None:  # which ZeRO-3 does not take
+        how["device_map"] = device_map
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **how

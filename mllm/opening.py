@@ -25,6 +25,7 @@ from encoder.geometry import ANYRES
 from encoder.processor import OPENAI_MEAN, OPENAI_STD, SIGLIP_MEAN, SIGLIP_STD
 from mllm.conversation import IMAGE
 from mllm.image_input import ImageInput
+from mllm.llava_layout import LORA_FILE, PROJECTOR_FILE
 from mllm.settings import SETTINGS_FILE, MllmSettings
 from mllm.templates import TEMPLATES, choose_template, lead_with_space
 from mllm.tokenizer import add_image_token
@@ -32,6 +33,7 @@ from mllm.tokenizer import add_image_token
 STOCK = ("llava", "llava_next")
 TOWER_KINDS = ("clip_vision_model", "siglip_vision_model")
 CODEC, FRAME, TEMPLATE = "float2", "pad_first", "vicuna_v1"  # of LLaVA's training
+PARTS = (LORA_FILE, PROJECTOR_FILE)
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 CONVERT = "python scripts/convert_checkpoint.py --to mllm"
@@ -50,7 +52,7 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # of the network, of the hub, or of the disk
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
         raise DataError(
             f"{name} is no folder here, and the model hub did not give it ({type(error).__name__}: {reason[:200]}); "
             "name a folder, or try again with a network"
@@ -108,9 +110,11 @@ def read_stock_config(folder: Path) -> PreTrainedConfig:
         raise DataError(f"{path} is not JSON ({error}); copy the folder again") from error
     kind, classes = values.get("model_type"), values.get("architectures") or [""]
     if "mm_vision_tower" in values:
+        alone = any((folder / name).is_file() for name in PARTS)  # LoRA or a projector, on a language model that lies elsewhere
         raise DataError(
             f"{folder} is in the llava repository's own layout; make an MLLM folder of it once with "
-            f"`{CONVERT} {folder} OUT --tower CLIP`, where CLIP is the folder of {values['mm_vision_tower']}, and open OUT"
+            f"`{CONVERT} {folder} OUT --tower CLIP{' --llm LLM' * alone}`, where CLIP is the folder of "
+            f"{values['mm_vision_tower']}{' and LLM that of its language model' * alone}, and open OUT"
         )
     if kind not in STOCK:
         seen = f"{kind} ({classes[0]})" if classes[0] else f"{kind}"

@@ -151,6 +151,11 @@ def test_the_llava_repositorys_layout_has_its_command(stock, images, tmp_path, m
     convert(monkeypatch, "--to", "llava", stock["llava"], tmp_path / "llava")
     with pytest.raises(DataError, match="is in the llava repository's own layout") as caught:
         GroundingChat.from_pretrained(tmp_path / "llava")
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "mm_projector.bin").touch()
+    shutil.copy(tmp_path / "llava" / "config.json", tmp_path / "part")
+    with pytest.raises(DataError, match="part OUT --tower CLIP --llm LLM`"):
+        GroundingChat.from_pretrained(tmp_path / "part")
     command = str(caught.value).split("`")[1].replace("OUT", str(tmp_path / "out"))
     words = shlex.split(command.replace(" CLIP", f" {tmp_path / 'llava' / 'vision_tower'}"))
     assert words[:2] == ["python", "scripts/convert_checkpoint.py"]
