@@ -5,7 +5,6 @@
 
 from inspect import signature
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer, LlavaForConditionalGeneration
 
@@ -46,7 +45,7 @@ class RoomyLayer(DynamicLayer):
 def _with_room(part_IHLD: Tensor, index_B: Tensor, room: int) -> Tensor:
     _, heads, length, width = part_IHLD.shape
     buffer = part_IHLD.new_empty(len(index_B), heads, length + room, width)
-    torch.index_select(part_IHLD, 0, index_B, out=buffer[:, :, :length])
+    buffer[:, :, :length] = part_IHLD[index_B.to(part_IHLD.device)]
     return buffer
 
 
