@@ -21,7 +21,9 @@ from eval.processes import best_device
 from mllm.generation import GroundingModel
 from mllm.image_input import read_picture
 from mllm.likelihood import answer_likelihoods
+from mllm.opening import is_stock
 from mllm.regions import COORDS
+from mllm.settings import SETTINGS_FILE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,7 +37,7 @@ class MllmAnswerer:
     def __init__(self, folder: Path, device: str, dtype: torch.dtype):
         self.model = GroundingModel.from_pretrained(folder, device, dtype)
         settings = self.model.settings
-        refuse_cutting_geometry(folder / "grounding.json", settings.image.mode)
+        refuse_cutting_geometry(folder / SETTINGS_FILE, settings.image.mode)
         vision_size = self.model.model.config.vision_config.image_size
         if settings.image.size != vision_size:
             raise DataError(
@@ -158,10 +160,10 @@ class EncoderAnswerer:
 
 
 def load_answerer(folder: Path, device: str | None, dtype: str) -> MllmAnswerer | EncoderAnswerer:
-    """The folder's own answerer: `grounding.json` marks an MLLM. DataError for a folder that is neither."""
+    """The folder's own answerer; an MLLM has `grounding.json` or is a stock LLaVA. DataError for a folder that is neither."""
     if not folder.is_dir():
         raise DataError(f"--model {folder} is not a folder; give that of a finetuned MLLM or of a CLOC encoder")
-    kind = MllmAnswerer if (folder / "grounding.json").exists() else EncoderAnswerer
+    kind = MllmAnswerer if (folder / SETTINGS_FILE).exists() or is_stock(folder) else EncoderAnswerer
     return kind(folder, device or best_device(), DTYPES[dtype])
 
 

@@ -20,7 +20,10 @@ from stock_fixtures import SIZE, StockReference, pictures, write_stock
 from demo import models as demo_models
 from demo.models import Models, Settings, count_parameters, load_chat
 from demo.session import Session, ask
+from encoder.data.prompts import GROUNDING_QUESTION
 from encoder.errors import DataError
+from eval.answering import load_answerer
+from eval.predictions import Target
 from mllm import training
 from mllm.chat import GroundingChat
 from mllm.checkpoint import load_mllm
@@ -297,3 +300,14 @@ def test_the_demo_asks_a_stock_llava_about_a_mark(stock, images, tiny_folder):
     for reply, kind in zip(session.turns[0].replies, KINDS, strict=True):
         question = f"What is {padded_box(*images[0].size)}?"
         assert not reply.error and reply.answer.text == StockReference(stock[kind]).answer(images[0], question, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluations_ask_a_stock_llava(stock, images, kind):
+    """Its words come as those of any MLLM; a box in them would be of the padded square."""
+    answerer = load_answerer(stock[kind], "cpu", "float32")
+    targets = [Target(str(n), f"{n}.png", *image.size, "red square", BOX, "") for n, image in enumerate(images[:2])]
+    predictions = answerer.ground(targets, images[:2], 2)
+    question = GROUNDING_QUESTION.format("red square")
+    assert [p.raw for p in predictions] == [StockReference(stock[kind]).answer(i, question, 32) for i in images[:2]]
+    assert answerer.protocol["codec"] == "float2" and answerer.protocol["geometry"] == read_mllm(stock[kind])[1].image.mode
