@@ -47,6 +47,7 @@ def write_stock(folder: Path, kind: str = "llava", seed: int = 0) -> Path:
     texts = ["USER: ASSISTANT: [0.12, 0.34, 0.56, 0.78] where is the red square left of the blue one?", SYSTEM]
     model = io.BytesIO()
     fields = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "split_digits": True, "pad_id": 3}
+    fields |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}  # Llama's
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(20 * texts), model_writer=model, hard_vocab_limit=False, minloglevel=2, num_threads=1, **fields
     )

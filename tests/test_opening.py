@@ -11,11 +11,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import sentencepiece
 import torch
 from mllm_fixtures import recipe, write_conversations
 from PIL import Image
 from safetensors.torch import load_file
-from stock_fixtures import SIZE, StockReference, pictures, write_stock
+from stock_fixtures import SIZE, SYSTEM, StockReference, pictures, write_stock
 
 from demo import models as demo_models
 from demo.models import Models, Settings, count_parameters, load_chat
@@ -311,3 +312,18 @@ def test_evaluations_ask_a_stock_llava(stock, images, kind):
     question = GROUNDING_QUESTION.format("red square")
     assert [p.raw for p in predictions] == [StockReference(stock[kind]).answer(i, question, 32) for i in images[:2]]
     assert answerer.protocol["codec"] == "float2" and answerer.protocol["geometry"] == read_mllm(stock[kind])[1].image.mode
+
+
+def test_the_words_behind_a_turn_are_the_tokens_that_llava_learned(stock):
+    """By sentencepiece itself, piece by piece between the special tokens: each begins with a space, but behind the picture."""
+    tokenizer, _ = read_mllm(stock["llava"])
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(stock["llava"] / "tokenizer.model"))
+    first, second = "where is the red square?", "what is left of it?"
+    turns = [("user", f"<image>\n{first}"), ("assistant", "a blue one"), ("user", second)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    behind_picture = pieces.encode(f"\n{first} ASSISTANT: a blue one")
+    assert pieces.id_to_piece(behind_picture[0]) == "\u2581"
+    expected = [tokenizer.bos_token_id, *pieces.encode(f"{SYSTEM}USER: "), tokenizer.convert_tokens_to_ids("<image>")]
+    expected += [*behind_picture[1:], tokenizer.eos_token_id, *pieces.encode(f"USER: {second} ASSISTANT:")]
+    assert given == expected
