@@ -264,7 +264,8 @@ def test_four_bits_in_bfloat16_answer_as_in_float32(monkeypatch):
     torch.manual_seed(0)
     weights = [torch.randn(out, given) for given, out in ((128, 64), (96, 64), (128, 40))]
     for weight in weights:
-        x, results = torch.randn(3, weight.shape[1]), []
+        short, long = torch.randn(3, weight.shape[1]), torch.randn(70, weight.shape[1])
+        results = []
         for dtype in (torch.float32, torch.bfloat16):
             layers = torch.nn.Sequential(torch.nn.Linear(*weight.shape[::-1], bias=False, dtype=dtype)).eval()
             layers[0].weight.data = weight.to(dtype)
@@ -272,11 +273,15 @@ def test_four_bits_in_bfloat16_answer_as_in_float32(monkeypatch):
             if dtype == torch.bfloat16:
                 layers[0].support_avx512bf16_for_cpu = has_avx512bf16()
                 choose_kernels(layers, fast=True)
+            packed = []
             with torch.inference_mode():
-                results.append(layers(x.to(dtype)).float())
-        torch.testing.assert_close(*results, rtol=0.02, atol=0.02 * results[0].abs().max().item())
-        fits = tuple(weight.shape) == (64, 128)
-        assert getattr(layers[0].weight.quant_state, "packing_format_for_cpu", False) == (fits and has_avx512bf16())
+                for x in (long, short, long):
+                    results.append(layers(x.to(dtype)).float())
+                    packed.append(getattr(layers[0].weight.quant_state, "packing_format_for_cpu", False))
+        for one, two in zip(results[:3], results[3:], strict=True):
+            torch.testing.assert_close(one, two, rtol=0.02, atol=0.02 * one.abs().max().item())
+        fits = tuple(weight.shape) == (64, 128) and has_avx512bf16()
+        assert packed == [False, fits, fits]  # a picture is read before the weights are repacked
 
 
 def test_the_demo_takes_the_number_format_that_fits(stock, monkeypatch):
