@@ -3,13 +3,13 @@
     python -m lmms_eval --model open_cloc --model_args pretrained=runs/mllm --batch_size 8 --tasks mme,pope,gqa,textvqa_val
 
 lmms-eval finds it by the entry point `lmms_eval.models`. Its own RefCOCO tasks measure boxes in another frame: use
-`eval/refcoco.py` for those. Needs the package lmms-eval, and that torchvision; nothing else here does.
+`eval/refcoco.py` for those. Needs the package lmms-eval; docs/evaluation.md says how to have it without a GPU.
 """
 
 import os
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
@@ -57,10 +57,11 @@ class OpenClocModel(lmms):
                 self.cache_hook.add_partial("generate_until", (context, wanted), text)
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(minus the logarithm of the continuation's probability, whether greedy decoding would say it) per request.
 
-        Minus, since lmms-eval's multiple choice takes the smallest: its models return losses here.
+        Minus, since lmms-eval's multiple choice takes the smallest: its models return losses here. Wrapped, since its
+        evaluator (0.7) makes a string of any other result that is none.
         """
         rows = []
         for request in requests:
@@ -69,7 +70,7 @@ class OpenClocModel(lmms):
                 continuation = continuation(self.task_dict[task][split][doc_id])
             image, question = self._question(request)
             rows.append((image, question, [], continuation.strip()))
-        return [(-value, greedy) for value, greedy in answer_scores(self.model, rows, self.batch_size)]
+        return [GenerationResult((-value, greedy)) for value, greedy in answer_scores(self.model, rows, self.batch_size)]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise DataError("this model answers tasks of one round; leave multi-round tasks out")

@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("where it runs")
     group.add_argument("--engine", choices=("local", "ray"), default="local", help="this process, or Ray (default local)")
     group.add_argument("--workers", type=int, default=2, metavar="N", help="local: threads that decode images; ray: processes "
-                       "with a model, each with a GPU where there are any (default %(default)s)")  # fmt: skip
+                       "of a stage with a model, each with a GPU where there are any (default %(default)s)")  # fmt: skip
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads of a process with a model (default: torch's)")
     group.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models (default float32)")

@@ -1,7 +1,7 @@
 """The model for lmms-eval, driven as its evaluator drives one: found by entry point, made from an argument string, asked by
 requests of its form.
 
-lmms-eval needs torchvision, so where it is not installed its base class, request and manifest stand in, with the same fields.
+Where lmms-eval is not installed its base class, request and manifest stand in, with the same fields.
 """
 
 import importlib
@@ -57,6 +57,14 @@ class StandInInstance:
         return self.arguments
 
 
+@dataclass
+class StandInResult:
+    """lmms_eval.api.instance.GenerationResult."""
+
+    text: object
+    token_counts: object = None
+
+
 @dataclass(frozen=True)
 class StandInManifest:
     """lmms_eval.models.registry_v2.ModelManifest."""
@@ -76,6 +84,7 @@ def package(monkeypatch):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         sys.modules["lmms_eval.api.model"].lmms = StandInBase
         sys.modules["lmms_eval.api.instance"].Instance = StandInInstance
+        sys.modules["lmms_eval.api.instance"].GenerationResult = StandInResult
         sys.modules["lmms_eval.models.registry_v2"].ModelManifest = StandInManifest
     yield importlib.import_module("lmms_eval.api.model").lmms, importlib.import_module("lmms_eval.api.instance").Instance
     sys.modules.pop("mllm.lmms_eval_model", None)
@@ -133,13 +142,13 @@ def test_multiple_choice_takes_the_smallest(package, model, docs):
     said = model.generate_until([request(package, "generate_until", docs, i, dict(GENERATION)) for i in range(5)])
     choices = ["a bus", "[000, 000, 999, 999]"]
     requests = [request(package, "loglikelihood", docs, i, f" {choice}") for i in range(5) for choice in (said[i], *choices)]
-    scores = model.loglikelihood(requests)
+    scores = [result.text for result in model.loglikelihood(requests)]
     for i in range(5):
         losses = [loss for loss, _ in scores[3 * i : 3 * i + 3]]
         assert min(losses) == losses[0] > 0
         assert [greedy for _, greedy in scores[3 * i : 3 * i + 3]] == [True, False, False]
     by_document = request(package, "loglikelihood", docs, 0, lambda doc: said[0])
-    assert model.loglikelihood([by_document])[0][0] == pytest.approx(scores[0][0], rel=1e-4)
+    assert model.loglikelihood([by_document])[0].text[0] == pytest.approx(scores[0][0], rel=1e-4)
 
 
 def test_what_it_cannot_do_says_so(package, model, docs):
