@@ -269,7 +269,9 @@ def score_folder(folder: Path, seed: int = 0) -> dict[str, Any]:
     scores["by_size"] = groups(scored.hits, np.array([size_name(i) for i in scored.sizes]))
     if scored.kinds.any():
         scores["by_kind"] = groups(scored.hits, scored.kinds)
-    write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+    # Of one picture there is no interval: null in the file, since NaN is no JSON.
+    plain = json.loads(json.dumps(scores), parse_constant=lambda _: None)
+    write_whole(folder / "scores.json", json.dumps(plain, indent=1) + "\n")
     return scores
 
 

@@ -203,7 +203,10 @@ def test_visual_genome_describes_and_grounds_its_regions(tmp_path):
     assert scores["cider"]["n"] == 3 and scores["same_words"]["value"] == 0
     ids = put(tmp_path / "ids.txt", "2\n")
     run(visual_genome, *flags[:-1], tmp_path / "one", "--ids", ids)
-    assert len(load_evaluation(tmp_path / "one/visual_genome_describing/regions").targets) == 1
+    folder = tmp_path / "one/visual_genome_describing/regions"
+    assert len(load_evaluation(folder).targets) == 1
+    scores = json.loads((folder / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert scores["cider"]["n"] == 1 and scores["cider"]["low"] is scores["cider"]["high"] is None
     with pytest.raises(DataError, match="2 numbers, only 1 of them in"):
         run(visual_genome, *flags[:-1], tmp_path / "two", "--ids", put(tmp_path / "ids.txt", "2 77\n"))
 
