@@ -78,7 +78,7 @@ def table(compared: dict[tuple[str, ...], tuple[Answers, Answers | None]], split
             one = [answers[key]]
             interval = pooled(one, metric) if base is None else difference(one, [base[key]], metric)
             numbers[column] = vars(interval)
-            cells.append(shown(interval, [interval.value], signed=base is not None))
+            cells.append(shown(interval, signed=base is not None))
         if numbers:
             counts = dict.fromkeys(value["n"] for value in numbers.values())
             lines.append([title, *cells, ", ".join(f"{count:,}" for count in counts)])

@@ -5,6 +5,7 @@ What several seeds are apart is beside it, the lowest and the highest of them: a
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +75,14 @@ def best_reading(runs: dict[int, Run], benchmark: str, metric: str) -> str | Non
     return max(values, key=values.get) if values else None
 
 
-def shown(interval: Interval, of_seeds: list[float], signed: bool = False) -> str:
+def shown(interval: Interval, signed: bool = False, of_seeds: Sequence[float] = ()) -> str:
     """Percent with the interval and, of several seeds, the lowest and the highest."""
-    values = interval.value, interval.low, interval.high, min(of_seeds), max(of_seeds)
-    value, low, high, lowest, highest = (f"{100 * number:{'+' if signed else ''}.1f}" for number in values)
-    return f"{value} [{low}, {high}]" + (f", seeds {lowest} to {highest}" if len(of_seeds) > 1 else "")
+
+    def percent(number: float) -> str:
+        return f"{100 * number:{'+' if signed else ''}.1f}"
+
+    seeds = f", seeds {percent(min(of_seeds))} to {percent(max(of_seeds))}" if len(of_seeds) > 1 else ""
+    return f"{percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]{seeds}"
 
 
 def rows_of(name: str, runs: dict[int, Run]) -> list[tuple[str, dict[str, tuple[str, str]]]]:
@@ -124,17 +128,18 @@ def write_table(out: Path, order: list[str]) -> str:
                     continue
                 scored = {seed: run.scored[benchmark][reading] for seed, run in runs.items()}
                 interval = pooled(list(scored.values()), metric)
-                of_seeds = [pooled([run], metric).value for run in scored.values()]
+                means = {seed: float(values_of(run, metric).mean()) for seed, run in scored.items()}
+                of_seeds = list(means.values())
                 numbers[column] = {**vars(interval), "of_seeds": of_seeds, "read_by": reading}
                 by = READ_BY.get(reading, reading) if "objective" in runs[min(runs)].result["changed"] else ""
-                texts.append(shown(interval, of_seeds) + (f" ({by})" if by else ""))
+                texts.append(shown(interval, of_seeds=of_seeds) + (f" ({by})" if by else ""))
                 bases = {seed: run.scored[benchmark].get("prompter") for seed, run in studies.get(BASE, {}).items()}
                 shared = [seed for seed in scored if bases.get(seed)]
                 if shared and title != BASE:
                     change = difference([scored[seed] for seed in shared], [bases[seed] for seed in shared], metric)
-                    of_seeds = [difference([scored[seed]], [bases[seed]], metric).value for seed in shared]
+                    of_seeds = [means[seed] - float(values_of(bases[seed], metric).mean()) for seed in shared]
                     numbers[column]["difference"] = {**vars(change), "of_seeds": of_seeds}
-                    differences.append(shown(change, of_seeds, signed=True))
+                    differences.append(shown(change, signed=True, of_seeds=of_seeds))
                 else:
                     differences.append("-")
             lines.append([title, *texts, speed, ", ".join(map(str, sorted(runs)))])
