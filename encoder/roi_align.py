@@ -38,18 +38,19 @@ class RoiPooler(nn.Module):
     def __init__(self, config: RegionConfig):
         super().__init__()
         self.num_class_tokens = config.num_class_tokens
+        self.grid = config.vision_config.image_size // config.vision_config.patch_size
         self.projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, boxes_R4: Tensor, tokens_BND: Tensor, image_index_R: Tensor) -> Tensor:
         """Boxes (R, 4), xyxy in [0, 1], over the tokens (B, N, D) of image `image_index_R` (R,) -> (R, E), unnormalised."""
         patches_BPD = tokens_BND[:, self.num_class_tokens :]
-        side = round(patches_BPD.shape[1] ** 0.5)
-        if side**2 != patches_BPD.shape[1]:
+        # Not only a square number of them: a quarter of a grid is one too, of patches from all over the picture.
+        if patches_BPD.shape[1] != self.grid**2:
             raise DataError(
-                f"region_encoder 'roi_align' was given {patches_BPD.shape[1]} patches, no square; it needs all of them, so train "
-                "with patch_dropout 0"
+                f"region_encoder 'roi_align' was given {patches_BPD.shape[1]} patches of {self.grid**2}; it needs them all, so "
+                "train with patch_dropout 0"
             )
-        maps_BDGG = patches_BPD.transpose(1, 2).unflatten(2, (side, side))
+        maps_BDGG = patches_BPD.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         # In float32: half precision places the points too coarsely.
-        pooled_RD = roi_align(maps_BDGG.float(), boxes_R4.float(), image_index_R, points_per_side(side))
+        pooled_RD = roi_align(maps_BDGG.float(), boxes_R4.float(), image_index_R, points_per_side(self.grid))
         return self.projection(pooled_RD.to(self.projection.weight.dtype))
