@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from encoder.data.cache import ShardCache
 from encoder.data.shards import Shard, file_system, find_shards, is_url
-from encoder.errors import run_main
+from encoder.errors import DataError, run_main
 
 SAVE_EVERY = 1000  # shards
 
@@ -31,9 +31,11 @@ def main() -> int:
     parser.add_argument("--shard_cache", help="folder for remote shards (default ~/.cache/cloc_shards)")
     parser.add_argument("--shard_cache_gb", type=float, default=100.0, help="what the shards in it may take (default 100)")
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        raise DataError(f"--workers is {arguments.workers}; give at least 1")
     cache = ShardCache(arguments.shard_cache, arguments.shard_cache_gb)
     named = {name_of(shard, arguments.out): shard for shard in find_shards(arguments.shards)}
-    saved = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    saved = read_saved(arguments.out)
     counts = {name: saved[name] for name in named if name in saved}
     left = [name for name in named if name not in counts]
     num_problems = 0
@@ -64,10 +66,22 @@ def count_records(cache: ShardCache, shard: Shard) -> tuple[int, list[str]]:
     stem = str(shard).removesuffix(".tar")
     system, path = file_system(f"{stem}_stats.json")
     try:
-        return int(json.loads(system.cat_file(path))["successes"]), []
-    except (FileNotFoundError, PermissionError):  # not `img2dataset`'s; S3 says no permission where nothing may be listed
-        table = cache.table(shard)
-        return len(table.rows), table.problems.tolist()
+        written = json.loads(system.cat_file(path)).get("successes")  # our own scripts' statistics have none
+    except (FileNotFoundError, PermissionError, ValueError):  # S3 says no permission where nothing may be listed
+        written = None
+    if written is not None:
+        return int(written), []
+    table = cache.table(shard)
+    return len(table.rows), table.problems.tolist()
+
+
+def read_saved(out: Path) -> dict[str, int]:
+    """What an earlier run wrote; makes the folder, so that nothing is counted in vain."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return json.loads(out.read_text()) if out.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{out} is no list of an earlier run ({error}); remove it, or give another --out") from error
 
 
 def save(counts: dict[str, int], out: Path) -> None:

@@ -379,6 +379,12 @@ def test_index_shards(plain, memory, tmp_path, monkeypatch, capsys):
     assert list(counts.values()) == [3, 12, 11, 10, 8] and find_sources(tmp_path / "elsewhere.json")[0].shards[0].is_file()
     assert run(f"{memory}/{{00000..00001}}.tar", "--out", tmp_path / "remote.json") == 0
     assert json.loads((tmp_path / "remote.json").read_text()) == {f"{memory}/00000.tar": 3, f"{memory}/00001.tar": 12}
+    (plain / "00003_stats.json").write_text('{"counts": {"records": 10}, "missing": []}')  # prepare_data.py's, label_regions.py's
+    (plain / "00004_stats.json").write_text('{"succ')
+    assert run(plain, "--out", tmp_path / "made" / "here.json") == 0
+    assert list(json.loads((tmp_path / "made" / "here.json").read_text()).values()) == [3, 12, 11, 10, 8]
+    (tmp_path / "bad.json").write_text("{")
+    assert run(plain, "--out", tmp_path / "bad.json") == 2 and "bad.json is no list of an earlier" in capsys.readouterr().err
     write_shards(tmp_path / "cut", 8)
     cut = tmp_path / "cut" / "00000.tar"
     cut.write_bytes(cut.read_bytes()[:9000])
