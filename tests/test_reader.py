@@ -8,7 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from encoder.data.reader import RegionDataset
 from encoder.data.shards import find_shards
@@ -181,3 +181,13 @@ def test_broken_pixels_are_named_when_read(tmp_path):
     dataset = RegionDataset(tmp_path)
     with pytest.raises(DataError, match=r"a\.tar, a: image a\.png cannot be read"):
         dataset[0]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_what_an_avif_decoder_raises_is_a_broken_image_too(tmp_path):
+    """Under a .jpg name, as on the web; Pillow goes by the content, and this decoder says RuntimeError."""
+    data = image_bytes(kind="AVIF")
+    start = data.index(b"mdat") + 4
+    write_tar(tmp_path / "a.tar", [("a.jpg", data[:start] + b"\xff" * 30 + data[start + 30 :]), ("a.json", record("a.jpg"))])
+    with pytest.raises(DataError, match=r"a\.tar, a: image a\.jpg cannot be read \(RuntimeError\)"):
+        RegionDataset(tmp_path)[0]

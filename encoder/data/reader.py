@@ -17,7 +17,7 @@ from encoder.data.tars import Member, ShardTable, key_of, read_table
 from encoder.errors import DataError
 
 # What PIL raises for bytes that are no image, or a broken or a hostile one.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 KEPT_TABLES = 128  # of shards whose size is known in advance, per process; about a megabyte each at 10,000 records
 SHOWN = 10  # broken records in the message that stops a run
 
