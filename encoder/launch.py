@@ -12,12 +12,12 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return {}
-    # `--gpus-per-task` shows each task its own GPU only, which is then number 0.
-    sees_one = environment.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 and "SLURM_GPUS_PER_TASK" in environment
+    # Where each task is shown its own GPU only (`--gpus-per-task`, `--gpu-bind`), that is number 0.
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": "0" if sees_one else environment["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if visible and "," not in visible else environment["SLURM_LOCALID"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
         # The same on every task, and another for another job of the machine.
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 10_000),

@@ -21,9 +21,8 @@ def test_a_task_of_srun_finds_its_place():
 
 
 def test_a_task_that_sees_its_own_gpu_alone_takes_number_0():
-    one = {**TASK, "SLURM_GPUS_PER_TASK": "1", "CUDA_VISIBLE_DEVICES": "3"}
-    assert slurm_environment(one)["LOCAL_RANK"] == "0"
-    assert slurm_environment({**TASK, "CUDA_VISIBLE_DEVICES": "0,1,2,3"})["LOCAL_RANK"] == "3"
+    for visible, number in (("3", "0"), ("GPU-1a-2b", "0"), ("0,1,2,3", "3"), ("", "3")):
+        assert slurm_environment({**TASK, "CUDA_VISIBLE_DEVICES": visible})["LOCAL_RANK"] == number
 
 
 def test_other_launchers_and_the_batch_script_itself_are_left_alone():
@@ -55,8 +54,9 @@ def test_the_sbatch_example_starts_the_script_with_its_arguments(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-999]"}
+    environment["SLURM_CPUS_PER_TASK"] = "12"
     done = subprocess.run(
         ["bash", str(script), "r.yaml", "--shards", "a b/*.tar"], capture_output=True, text=True, env=environment, check=True
     )
     python = ".venv/bin/python scripts/pretrain_encoder.py r.yaml --shards a b/*.tar"
-    assert done.stdout == f"gpu07 23456 --kill-on-bad-exit=1 {python}\n"
+    assert done.stdout == f"gpu07 23456 --kill-on-bad-exit=1 --cpus-per-task=12 {python}\n"
