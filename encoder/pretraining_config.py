@@ -11,6 +11,12 @@ from encoder.config import ClocConfig
 from encoder.errors import DataError
 from encoder.losses import LossConfig
 
+LEAST = {
+    **dict.fromkeys(("batch_size", "max_boxes", "steps", "lanes", "shuffle_window", "log_every", "save_every"), 1),
+    **dict.fromkeys(("micro_batch_size", "warmup_steps", "max_broken", "workers", "seed"), 0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_eps", "max_grad_norm"), 0),
+}
+
 
 @dataclass
 class PretrainConfig:
@@ -95,11 +101,14 @@ class PretrainConfig:
         for key, allowed in (("objective", ("clip", "cloc")), ("precision", ("bf16", "fp32")), ("zero_stage", (0, 1, 2, 3))):
             if getattr(self, key) not in allowed:
                 raise DataError(f"{key} is '{getattr(self, key)}'; choose one of {', '.join(map(str, allowed))}")
+        for key, least in LEAST.items():
+            if not getattr(self, key) >= least:
+                raise DataError(f"{key} is {getattr(self, key)}; give at least {least}")
         if not 0 <= self.recaption_ratio <= 1:
             raise DataError(f"recaption_ratio is {self.recaption_ratio}; give a share from 0 to 1")
         if self.warmup_steps >= self.steps:
             raise DataError(f"warmup_steps {self.warmup_steps} is not below steps {self.steps}; shorten the warm-up")
-        for key in ("ema_decay", "patch_dropout"):
+        for key in ("ema_decay", "patch_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise DataError(f"{key} is {getattr(self, key)}; give 0 (off) or a share below 1")
         if self.compile and self.zero_stage == 3:

@@ -308,6 +308,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(single, root):
         (["recipe.yaml", "--shards", "train"], "error: recipe recipe.yaml: field 'learning_rat' is not known; did you mean"),
         (["--shards", "train", "--ema_decay", "1"], "error: ema_decay is 1.0; give 0 (off) or a share below 1"),
         (["--shards", "train", "--compile", "true", "--zero_stage", "3"], "error: compile is true with zero_stage 3, whose"),
+        (["--shards", "train", "--max_boxes", "-1"], "error: max_boxes is -1; give at least 1"),
+        (["--shards", "train", "--save_every", "0"], "error: save_every is 0; give at least 1"),
+        (["--shards", "train", "--seed", "-1"], "error: seed is -1; give at least 0"),
+        (["--shards", "train", "--learning_rate", "nan"], "error: learning_rate is nan; give at least 0"),
+        (["--shards", "train", "--beta2", "98"], "error: beta2 is 98.0; give 0 (off) or a share below 1"),
         (["--output", "x"], "error: 'shards' is not given; set it in the recipe or with --shards"),
     ],
 )
