@@ -103,12 +103,20 @@ def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype, computed: torch.dt
         )
         low.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=low)
         choose_kernels(low, fast=False)
+        low.register_state_dict_post_hook(_without_scales)
     else:
         low = Linear8bitLt(**sizes, has_fp16_weights=False, threshold=6.0, device="meta")
         low.weight = Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
     if layer.bias is not None:
         low.bias = layer.bias
     return low.train(layer.training)
+
+
+def _without_scales(layer: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
+    """Takes out what a state of 4-bit weights has beside them. No load takes it back, and a strict one, as DeepSpeed's on
+    resuming, stops at it; the layer has it from its base."""
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
 
 
 def choose_kernels(model: nn.Module, fast: bool) -> None:

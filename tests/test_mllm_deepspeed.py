@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from mllm.config import MllmConfig
 from mllm.dry_run import outline
 from mllm.model import Mllm
 from mllm.trainer import MllmTrainer
-from mllm.training import read_dataset, training_arguments
+from mllm.training import read_dataset, train, training_arguments
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5
@@ -38,7 +39,7 @@ def world(tmp_path_factory):
 
 def launch(folder: Path, name: str, command: list[str], **fields) -> tuple[list[float], list[float]]:
     """Runs the script and returns the loss and gradient norm of each step, as its log lines say them."""
-    values = recipe(folder, output=str(folder / name), max_steps=STEPS, save_every=0, warmup=0.0, **fields)
+    values = recipe(folder, output=str(folder / name), max_steps=STEPS, warmup=0.0, **{"save_every": 0} | fields)
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -159,3 +160,19 @@ def test_zero3_saves_and_loads_a_tuned_tower_and_lora_with_the_loss_in_blocks(wo
     logs = [(Path(world) / name / "log.jsonl").read_text().splitlines() for name in ("tuned1", "tuned2")]
     held_out = [json.loads(lines[-1])["eval_accuracy"] for lines in logs]
     assert held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize(("stage", "more"), [(2, {"llm_bits": 4}), (3, {"save_adapter": True})], ids=["qlora", "lora"])
+def test_resumed_equals_uninterrupted_bit_by_bit(world, tmp_path, stage, more):
+    """Gone on with from its third step, by the launcher: as if the rest had never been."""
+    base = train(MllmConfig(**recipe(world, output=str(tmp_path / "base"), max_steps=1, save_every=0)))
+    fields = {"model": str(base), "train": ["projector", "llm_lora"], "lora_rank": 4, "lora_dropout": 0.2, "batch_size": 2}
+    fields |= {"zero": f"scripts/deepspeed/zero{stage}.json", "precision": "bf16", "save_every": 3, **more}
+    name, out = f"resumed{stage}", world / f"resumed{stage}"
+    whole, _ = launch(world, name, deepspeed_command(), **fields)
+    weights = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    for path in [*out.glob("*.safetensors"), out / "grounding.json"]:
+        path.unlink()
+    shutil.rmtree(out / "checkpoint-5")
+    assert launch(world, name, deepspeed_command(), **fields)[0] == whole[3:]
+    assert len(weights) == 2 and weights == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
