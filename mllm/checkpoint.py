@@ -27,6 +27,7 @@ from mllm.lora import bits_while_loading, choose_kernels, quantize
 from mllm.opening import local_folder, read_mllm
 from mllm.regions import COORDS
 from mllm.settings import SETTINGS_FILE, MllmSettings
+from mllm.templates import end_token_ids
 from mllm.tokenizer import save_tokenizer
 
 TOWER = "vision_tower."  # before its parameters' names
@@ -138,6 +139,8 @@ def save_mllm(
         save_torch_state_dict({_classic_name(name): value for name, value in state.items()}, folder)
     else:
         save_torch_state_dict(state, folder)
+    ends = end_token_ids(tokenizer)  # stock code stops where the template's answers do, which may be another than the base's
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     _write_config(folder, model, dtype)
     save_tokenizer(tokenizer, folder, sentencepiece_model)
     _write_image_settings(folder, model, settings.image)

@@ -40,7 +40,7 @@ from mllm.records import texts_of
 from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens, check_prompter_folder
 from mllm.regions import COORDS
 from mllm.settings import MllmSettings
-from mllm.templates import choose_template, end_token_ids
+from mllm.templates import choose_template
 from mllm.tiles import Grid
 from mllm.tokenizer import add_codec_tokens, add_image_token, add_region_token, fast_tokenizer, train_sentencepiece
 
@@ -126,8 +126,6 @@ def _from_parts(config: MllmConfig, dtype: torch.dtype) -> Mllm:
     if config.new_regions:
         model = add_region_tokens(model, add_region_token(tokenizer), config.region_tokens, config.prompter or config.tower)
         kept_regions = config.projector is not None and load_region_projector(model, config.projector)
-    if len(ends := end_token_ids(tokenizer)) > 1:  # stock code stops where the template's answers do
-        model.generation_config.eos_token_id = ends
     from_scratch = bool(config.llm_preset) and not config.projector
     return Mllm(model, tokenizer, settings, proto, from_scratch, new_regions=config.new_regions and not kept_regions)
 

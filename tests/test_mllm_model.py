@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoProcessor,
     CLIPVisionModel,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -101,12 +102,24 @@ def test_an_answer_ends_where_the_templates_answers_do(world, mllm, tmp_path):
     mllm.tokenizer.save_pretrained(tmp_path)
     built = build_mllm(MllmConfig(**recipe(world, llm_preset=None, llm=str(tmp_path), template="chatml")))
     ends = [built.tokenizer.eos_token_id, built.tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert built.model.generation_config.eos_token_id == sorted(ends)
+    save_mllm(tmp_path / "chatml", built.model, built.tokenizer, built.settings, torch.float32)
+    assert GenerationConfig.from_pretrained(tmp_path / "chatml").eos_token_id == sorted(ends)
     with torch.no_grad():  # <|im_end|> whatever is asked
         built.model.lm_head.weight.zero_()
     built.model.lm_head.weight.data[ends[1]] = 1.0
     model = GroundingModel(built.model, built.tokenizer, built.settings)
     assert model.generate([Image.new("RGB", (40, 40))], ["Where?"], max_new_tokens=50, progress=False) == [""]
+
+
+def test_the_second_step_of_llava_does_not_stop_at_the_firsts_newline(world, tmp_path):
+    """Captions of `plain` end with a newline; an answer of the step after may have several lines, also in stock code."""
+    ends = []
+    for name, start in (("plain", {}), ("vicuna_v1", {"model": str(tmp_path / "plain")})):
+        mllm = build_mllm(MllmConfig(**recipe(world, template=name, **start)))
+        save_mllm(tmp_path / name, mllm.model, mllm.tokenizer, mllm.settings, torch.float32)
+        ends.append(GenerationConfig.from_pretrained(tmp_path / name).eos_token_id)
+    newline = mllm.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert set(ends[0]) == {mllm.tokenizer.eos_token_id, *newline} and ends[1] == mllm.tokenizer.eos_token_id
 
 
 def test_fit_projector_centres_scales_and_whitens():
