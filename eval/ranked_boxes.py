@@ -42,9 +42,10 @@ def add_ranking_flags(parser: argparse.ArgumentParser) -> None:
 
 def refuse_without_rank(args: argparse.Namespace) -> None:
     """DataError where a flag of the ranking stands alone: without --rank the model would be asked, and the flag do nothing."""
-    for flag in ("proposals", "geometry"):
-        if getattr(args, flag) is not None and not args.rank:
-            raise DataError(f"--{flag} is for ranking candidate boxes; add --rank {'|'.join(WAYS)}, or leave it out")
+    for flag, unset in (("proposals", None), ("geometry", None), ("layer", -1), ("crop_scale", 1.0)):
+        if getattr(args, flag) != unset and not args.rank:
+            name = flag.replace("_", "-")
+            raise DataError(f"--{name} is for ranking candidate boxes; add --rank {'|'.join(WAYS)}, or leave it out")
 
 
 class Candidates:

@@ -54,6 +54,8 @@ def evaluate(args: argparse.Namespace) -> list[Path]:
 
 def classify(args: argparse.Namespace, folder: Path) -> None:
     """Answers every box that has no answer in `folder` yet."""
+    if args.masks is not None and args.feature != "maskpool":
+        raise DataError(f"--masks is for --feature maskpool, {args.feature} does not read it; leave it out")
     templates = templates_named(args.templates)
     instances = read_instances(args.annotations)
     rows, left_out = usable_rows(instances, args.max_unusable)

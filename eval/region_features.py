@@ -21,6 +21,7 @@ from encoder.processor import ClocProcessor
 from encoder.roi_align import points_per_side, roi_align
 
 FEATURES = ("prompter", "roialign", "crop", "maskpool")
+DENSE = ("roialign", "maskpool")  # read the patch grid of one layer
 Box = tuple[float, float, float, float]
 
 
@@ -85,6 +86,12 @@ class RegionFeatures:
             raise DataError("--feature prompter needs a CLOC folder, this is a plain CLIP; use roialign or crop for it")
         if processor.image_processor.geometry == "center_crop" and feature != "crop":
             raise DataError("this model's images are centre-cropped, which cuts boxes off; pass --geometry pad or squash")
+        if layer != -1 and feature not in DENSE:
+            raise DataError(f"--layer {layer} is for {' and '.join(DENSE)}, {feature} does not read it; leave it out")
+        if crop_scale != 1 and feature != "crop":
+            raise DataError(f"--crop-scale {crop_scale:g} is for crop, {feature} does not read it; leave it out")
+        if not crop_scale > 0:
+            raise DataError(f"--crop-scale is {crop_scale:g}; give a positive number of times the box")
         self.model, self.processor, self.feature = model, processor, feature
         self.layer, self.crop_scale = layer, crop_scale
 

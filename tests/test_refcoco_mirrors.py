@@ -196,6 +196,8 @@ def test_proposals_of_a_detector_are_found_by_cocos_number(tmp_path, tiny_folder
     assert scores["acc_50"]["value"] == 1.0 and scores["completeness"] == "PARTIAL: the file has 2 of 10834 expressions"
     with pytest.raises(DataError, match="--proposals is for ranking candidate boxes; add --rank"):
         run(refcoco, *flags[:4], *flags[6:], tmp_path / "detections.json")
+    with pytest.raises(DataError, match="--crop-scale is for ranking candidate boxes; add --rank"):
+        run(refcoco, *flags[:4], *flags[6:8], "--crop-scale", 1.5)
     with pytest.raises(DataError, match="--dtype bfloat16 is for models that are asked"):
         run(refcoco, *flags, tmp_path / "detections.json", "--dtype", "bfloat16")
     with pytest.raises(DataError, match="no candidate box for COCO_train2014_000000000101.jpg"):

@@ -213,3 +213,17 @@ def test_dense_features_of_a_siglip_are_its_head_on_each_patch_alone():
 def test_prompter_is_refused_for_a_plain_clip(models, boxes, monkeypatch):
     with pytest.raises(DataError, match="this is a plain CLIP; use roialign or crop"):
         run(monkeypatch, "--model", models["clip"], *common(boxes))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layer", -2], "--layer -2 is for roialign and maskpool, prompter does not read it"),
+        (["--feature", "roialign", "--crop-scale", 1.5], "--crop-scale 1.5 is for crop, roialign does not read it"),
+        (["--feature", "crop", "--crop-scale", -1], "--crop-scale is -1; give a positive number"),
+        (["--masks", "pngs"], "--masks is for --feature maskpool, prompter does not read it"),
+    ],
+)
+def test_a_flag_that_nothing_would_read_is_refused(models, boxes, monkeypatch, flags, message):
+    with pytest.raises(DataError, match=message):
+        run(monkeypatch, "--model", models["cloc"], *flags, *common(boxes))
