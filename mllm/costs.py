@@ -74,12 +74,15 @@ def _joined(config: MllmConfig) -> LlavaForConditionalGeneration:
             llava_config(tower, sizes, layer, PROJECTORS[config.projector_type], grids), attn_implementation=config.attention
         )
     _read_json(Path(config.llm) / "config.json")
+    sizes = AutoConfig.from_pretrained(config.llm)
+    if type(sizes) not in AutoModelForCausalLM._model_mapping:
+        raise DataError(f"{config.llm} holds a model of type '{sizes.model_type}'; give the folder of a causal language model")
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     add_image_token(tokenizer)
     add_codec_tokens(tokenizer, codec)
     if config.new_regions:
         add_region_token(tokenizer)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), attn_implementation=config.attention)
+    llm = AutoModelForCausalLM.from_config(sizes, attn_implementation=config.attention)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     return join(tower, llm, tokenizer, layer, PROJECTORS[config.projector_type], grids)

@@ -266,7 +266,7 @@ def _read(folder: str, kind: type, **arguments):
     try:
         return kind.from_pretrained(folder, **arguments)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = str(error).strip().split("\n")[0]  # a page, of a model of another kind
         raise DataError(f"language model {folder} cannot be read ({reason}); copy or save the folder again") from error
 
 

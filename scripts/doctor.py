@@ -98,9 +98,13 @@ def estimate(recipe: str, flags: list[str], processes: int, tflops: float | None
     from dataclasses import fields
 
     from encoder.arguments import add_fields, build, read_recipe
+    from encoder.errors import DataError
     from encoder.pretraining_config import RUN_FIELDS, add_pretraining_flags, build_configs
     from mllm.config import MllmConfig
 
+    for flag, value in (("processes", processes), ("tflops", tflops), ("memory", memory)):
+        if value is not None and not value > 0:
+            raise DataError(f"--{flag} is {value}; give a positive number")
     of_mllm = {field.name for field in fields(MllmConfig)}
     is_mllm = bool(read_recipe(recipe, RUN_FIELDS | of_mllm).keys() - RUN_FIELDS)
     parser = argparse.ArgumentParser(prog=f"doctor.py {recipe}")

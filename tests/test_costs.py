@@ -117,6 +117,7 @@ def test_the_doctor_on_a_recipe(tmp_path, monkeypatch, capsys):
     "content, flags, sentence",
     [
         ("preset: tiny\nbatch_size: 10\nsteps: 9\nwarmup_steps: 1\n", ["--processes", "4"], "batch_size 10 on 4 processes in"),
+        ("preset: tiny\n", ["--processes", "0"], "--processes is 0; give a positive number"),
         ("preset: huge\n", [], "preset 'huge' is not known; choose one of nano, tiny"),
         ("preset: tiny\ninit: nowhere\n", [], "nowhere/config.json does not exist"),
         ("presett: tiny\n", [], "field 'presett' is not known; did you mean 'preset'?"),

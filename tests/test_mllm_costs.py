@@ -116,6 +116,8 @@ def test_stages_and_refusals(world, tmp_path):
         zero_stage(MllmConfig(**recipe(world, zero=str(tmp_path / "zero.json"))), 1)
     with pytest.raises(DataError, match="nowhere/config.json does not exist"):
         meta_mllm(MllmConfig(**recipe(world, llm="nowhere", llm_preset=None)))
+    with pytest.raises(DataError, match="holds a model of type 'clip.*'; give the folder of a causal language model"):
+        meta_mllm(MllmConfig(**recipe(world, llm=recipe(world)["tower"], llm_preset=None)))
     short = MllmConfig(**recipe(world, max_length=20))
     with pytest.raises(DataError, match="max_length 20 leaves no room beside 25 image tokens"):
         mllm_cost(meta_mllm(short), short)
