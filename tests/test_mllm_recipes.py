@@ -11,6 +11,7 @@ from encoder.arguments import read_recipe
 from encoder.errors import DataError
 from mllm.checkpoint import load_mllm
 from mllm.config import MllmConfig, load_config
+from mllm.mixture import sources_of
 from mllm.model import build_mllm, freeze
 from mllm.tiles import GRIDS, read_grids
 from mllm.training import train
@@ -32,14 +33,17 @@ LORA = FINETUNE | {
     "group_by_length": True,
 }
 NEXT = {"max_length": 4096, "stage": 2}
+FLOATS = {"feature_layer": -2, "geometry": "pad", "projector_type": "mlp2x_gelu", "codec": "float2"}  # of mix665k's boxes
 # LLaVA's scripts/v1_5 and Ferret's experiments/ferret_7b_train.sh, on 8 GPUs.
 PUBLISHED = {
-    "llava15_7b_align": ALIGN | {"feature_layer": -2, "geometry": "pad", "projector_type": "mlp2x_gelu"},
-    "llava15_13b_align": ALIGN | {"feature_layer": -2, "geometry": "pad", "projector_type": "mlp2x_gelu"},
+    "llava15_7b_align": ALIGN | FLOATS,
+    "llava15_13b_align": ALIGN | FLOATS,
     "llava15_7b_finetune": WHOLE,
     "llava15_13b_finetune": WHOLE,
     "llava15_7b_finetune_lora": LORA,
+    "llava15_13b_finetune_lora": LORA,
     "llava15_7b_finetune_qlora": LORA | {"llm_bits": 4, "stage": 2},
+    "llava15_13b_finetune_qlora": LORA | {"llm_bits": 4, "stage": 2},
     "ferret_7b_align": ALIGN | {"geometry": "squash", "projector_type": "linear", "codec": "int1000"},
     "ferret_7b_finetune": FINETUNE | {"train": ["projector", "llm"], "learning_rate": 2e-5, "epochs": 3},
     # Open-LLaVA-NeXT's scripts/v1_6/train/7b, there on 32 GPUs.
@@ -78,6 +82,18 @@ def test_a_recipe_says_the_published_numbers(name):
 
 def test_open_llava_nexts_grids_are_llava_nexts():
     assert read_grids(read_recipe(RECIPES / "open_llava_next_7b_align.yaml", FIELDS)["tile_grids"]) == GRIDS
+
+
+def test_boxes_of_llavas_data_are_read_in_the_frame_that_the_recipe_writes():
+    """As the decimals of the padded square that they are, or imported where pictures enter by another geometry."""
+    for name in ("llava15_7b", "llava15_13b", "open_llava_next_7b"):
+        align = read_recipe(RECIPES / f"{name}_align.yaml", FIELDS)
+        for path in RECIPES.glob(f"{name}_finetune*.yaml"):
+            recipe = read_recipe(path, FIELDS)
+            assert recipe["model"] == align["output"]
+            (source,) = sources_of(recipe["data"], recipe["images"])
+            as_they_are = (align["geometry"], align.get("codec")) == ("pad", "float2")
+            assert source.importer == ("conversations" if as_they_are else "llava"), path
 
 
 def test_ferrets_mix_has_its_repeats():
