@@ -1,7 +1,7 @@
 """Trains an MLLM by a recipe, plain or under DeepSpeed; any field of the recipe is also a flag.
 
     python scripts/finetune_mllm.py scripts/recipes/nano_align.yaml --tower runs/cloc --output runs/mllm_cloc
-    deepspeed --num_gpus 2 scripts/finetune_mllm.py scripts/recipes/llava15_7b_finetune.yaml --tower ... --model ...
+    deepspeed --num_gpus 2 scripts/finetune_mllm.py scripts/recipes/llava15_7b_finetune.yaml --model runs/align
 
     python scripts/finetune_mllm.py scripts/recipes/llava15_7b_finetune.yaml --dry-run --processes 8
 

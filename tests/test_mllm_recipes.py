@@ -1,13 +1,15 @@
 """Every MLLM recipe is read as the script reads it, and says the numbers that were published for it."""
 
+import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from mllm_fixtures import recipe, write_clip, write_conversations
 
-from encoder.arguments import read_recipe
+from encoder.arguments import add_fields, read_recipe
 from encoder.errors import DataError
 from mllm.checkpoint import load_mllm
 from mllm.config import MllmConfig, load_config
@@ -101,6 +103,20 @@ def test_ferrets_mix_has_its_repeats():
         Path(entry["path"]).stem: entry["weight"] for entry in read_recipe(RECIPES / "ferret_7b_finetune.yaml", FIELDS)["data"]
     }
     assert weights["git_instruction"] == 3 and weights["vg_relations"] == weights["vg_regions"] == 0.2 and len(weights) == 10
+
+
+def test_the_commands_of_the_guides_are_runs():
+    """No recipe contradicts the flags that are written behind it."""
+    text = "\n".join(
+        path.read_text() for path in (Path("README.md"), *Path("docs").glob("*.md"), Path("scripts/finetune_mllm.py"))
+    )
+    commands = re.findall(r"finetune_mllm\.py (scripts/recipes/\S+) ([^`\n]*)", text)
+    parser = argparse.ArgumentParser()
+    add_fields(parser, MllmConfig)
+    for path, flags in commands:
+        given = parser.parse_known_args(flags.split())[0]
+        load_config(path, {"data": ["d"], "output": "o"} | vars(given))
+    assert len(commands) > 6
 
 
 @pytest.mark.parametrize(("name", "stage"), [("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])
