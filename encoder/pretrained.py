@@ -165,7 +165,7 @@ def _make_processor(source: Path, kind: str, tokenizer: str | Path | None, open_
     folder = source.parent if source.is_file() else source
     return ClocProcessor(
         ClocImageProcessor(**settings),
-        _load_tokenizer(Path(tokenizer or folder), limits) if limits else None,
+        load_tokenizer(Path(tokenizer or folder), limits) if limits else None,
         lowercase=lowercase,
         text_padding="max_length" if "siglip" in kind else "longest",
     )
@@ -196,7 +196,7 @@ def _read_settings(source: Path, kind: str, open_clip_config) -> tuple[dict, dic
     return settings, limits, lowercase
 
 
-def _load_tokenizer(folder: Path, limits: dict) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, limits: dict) -> PreTrainedTokenizerBase:
     """The tokenizer of a text tower with these `limits` (fields of its configuration), cut to its longest text."""
     # Without files transformers would make an empty tokenizer of the folder's kind.
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -205,7 +205,7 @@ def _load_tokenizer(folder: Path, limits: dict) -> PreTrainedTokenizerBase:
     if len(tokenizer) > limits["vocab_size"]:
         raise DataError(
             f"the tokenizer in {folder} has {len(tokenizer)} ids, the text tower {limits['vocab_size']}; "
-            "name the tokenizer that the tower was trained with"
+            "name the tokenizer that the tower was trained with, or for one from scratch give a vocab_size as large"
         )
     # CLIP reads a text's feature at its end token (2: at the highest id, an older rule); another end reads it anywhere.
     end = limits.get("eos_token_id", 2)

@@ -29,6 +29,7 @@ class PretrainConfig:
     preset: size of a model trained from scratch, see encoder.config
     init: folder of a CLIP or CLOC checkpoint to start from, in place of a preset
     vocab_size: pieces of the tokenizer that a model from scratch trains on its own captions
+    tokenizer: folder of the tokenizer instead, T5's in the paper; with `init`, where that folder has none (VeCap-DFN: T5's)
     model_fields: fields of `ClocConfig` that the run sets, each a flag by its own name; the preset or `init` has the rest
     batch_size: images of the global batch
     micro_batch_size: images that a process runs at a time; the loss and its gradient stay those of the whole batch, for one
@@ -68,6 +69,7 @@ class PretrainConfig:
     preset: str = "nano"
     init: str | None = None
     vocab_size: int = 512
+    tokenizer: str | None = None
     model_fields: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 32768
     micro_batch_size: int = 0

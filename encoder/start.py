@@ -19,7 +19,7 @@ from encoder.errors import DataError
 from encoder.from_clip import cloc_config, from_clip
 from encoder.losses import LossConfig
 from encoder.model import ClocModel
-from encoder.pretrained import WHOLE, folder_kind, load_processor, load_strict, stock_config
+from encoder.pretrained import WHOLE, folder_kind, load_processor, load_strict, load_tokenizer, stock_config
 from encoder.pretraining_config import PretrainConfig
 from encoder.processor import ClocImageProcessor, ClocProcessor
 from encoder.prompter import Prompter
@@ -79,12 +79,15 @@ def make_model(
             model = _load_cloc(kind, config.init, BIASES if new_biases else (), given)
         else:
             model = from_clip(config.init, **given)
-        processor = load_processor(config.init)
+        processor = load_processor(config.init, config.tokenizer)
         images = processor.image_processor
         images.geometry = model.config.geometry = given.get("geometry", images.geometry)
     else:
-        limit = start_config(config, loss_config).text_config.max_position_embeddings
-        tokenizer = own_tokenizer(config, dataset, limit)
+        text = start_config(config, loss_config).text_config
+        if config.tokenizer:
+            tokenizer = load_tokenizer(Path(config.tokenizer), text.to_dict())
+        else:
+            tokenizer = own_tokenizer(config, dataset, text.max_position_embeddings)
         model = ClocModel(PRESETS[config.preset](vocab_size=len(tokenizer), **given))
         image_processor = ClocImageProcessor(size=model.config.vision_config.image_size, geometry=model.config.geometry)
         processor = ClocProcessor(image_processor, tokenizer)

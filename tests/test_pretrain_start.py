@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from conftest import write_shards
-from transformers import CLIPConfig, SiglipConfig, SiglipModel
+from transformers import CLIPConfig, SiglipConfig, SiglipModel, T5Tokenizer
 
 from encoder import start
 from encoder.checkpoint import LATEST, TOKENIZER
@@ -26,7 +26,7 @@ from encoder.start import make_model, own_tokenizer, start_config, texts_of
 @pytest.fixture()
 def processor_of_any(monkeypatch):
     """The folders here have no tokenizer."""
-    monkeypatch.setattr(start, "load_processor", lambda folder: ClocProcessor(ClocImageProcessor(size=32)))
+    monkeypatch.setattr(start, "load_processor", lambda folder, tokenizer: ClocProcessor(ClocImageProcessor(size=32)))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def folders(tmp_path_factory, request):
     model.logit_scale.data.fill_(4.6052)
     model.save_pretrained(base / "cloc")
     export_clip(model, base / "clip")
+    export_clip(model, base / "vecap")
     sigmoid = ClocModel(tiny(vocab_size=64, logit_bias_init_value=-10.0))
     sigmoid.logit_scale.data.fill_(3.0), sigmoid.logit_bias.data.fill_(-8.0)
     sigmoid.save_pretrained(base / "sigmoid")
@@ -178,3 +179,24 @@ def test_a_run_that_goes_on_keeps_its_tokenizer(tmp_path, capsys):
     (tmp_path / LATEST).write_text("step_00000001")
     kept = own_tokenizer(config, RegionDataset(tmp_path / "a", progress=False), 24)
     assert type(kept) is type(fresh) and kept.get_vocab() == fresh.get_vocab() and kept.model_max_length == 24
+
+
+def test_a_given_tokenizer_is_taken_from_scratch_and_where_init_has_none(folders, tmp_path):
+    """T5's form: its end is 1, its limit longer than the text tower; another end, and more pieces than said, are refused."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁red", "▁bus", *"▁abcdefgh"]
+    t5 = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=3, model_max_length=512)
+    t5.save_pretrained(tmp_path / "t5")
+    scratch = PretrainConfig(shards="", output="", preset="tiny", vocab_size=len(t5), tokenizer=str(tmp_path / "t5"))
+    continued = replace(scratch, init=str(folders / "vecap"))
+    for config in (scratch, continued):
+        model, processor = make_model(config, LossConfig(), None)
+        ids = processor.texts(["Red bus", "bus " * 90])["input_ids"]
+        assert ids[0, :3].tolist() == [3, 4, 1] and ids.shape == (2, 32) and ids[1, -1] == 1
+        assert model.config.text_config.vocab_size >= len(t5) and model.encode_text(ids).isfinite().all()
+    with pytest.raises(DataError, match="has no tokenizer; name the folder"):
+        make_model(replace(continued, tokenizer=None), LossConfig(), None)
+    with pytest.raises(DataError, match=f"has {len(t5)} ids, the text tower 9; .* from scratch give a vocab_size as large"):
+        make_model(replace(scratch, vocab_size=9), LossConfig(), None)
+    T5Tokenizer(vocab=[(p, 0.0) for p in pieces], extra_ids=3, eos_token="▁red").save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="ends a text with id 3, the text tower reads its feature at 1"):
+        make_model(replace(scratch, tokenizer=str(tmp_path / "other")), LossConfig(), None)
