@@ -61,8 +61,9 @@ def load_training_state(engine: deepspeed.DeepSpeedEngine, output: Path, identit
         if key in FREE_FIELDS or saved == value:
             continue
         if key not in ROUNDING_FIELDS:
+            made = f"with {key} = {saved}" if key in state["identity"] else f"before {key} was kept in it"
             raise DataError(
-                f"{path}: the checkpoint was made with {key} = {saved}, this run has {value}; "
+                f"{path}: the checkpoint was made {made}, this run has {value}; "
                 f"choose another output folder, or give the same {key}"
             )
         changed[key] = (saved, value)

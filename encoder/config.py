@@ -12,7 +12,7 @@ from encoder.errors import DataError
 READOUTS = ("mean", "prompt")
 # Settings of parts that a model without a Prompter does not have, and the values that leave them alone. The rest of the
 # Prompter's fields are a preset's to set, or serve the position table too.
-PROMPTER_ONLY = {"prompter_shared": True, "box_token": "corners", "normalize_text_prompt": False, "box_head_width": None}
+PROMPTER_ONLY = {"box_token": "corners", "normalize_text_prompt": False, "box_head_width": None}
 
 
 @dataclass(kw_only=True)
@@ -22,10 +22,10 @@ class RegionConfig:
     region_encoder: how a box becomes a feature, by the `prompter`, or by `roi_align`: the mean of bilinear samples of the
         tower's patch tokens inside the box, then a projection (the paper's ablation). The latter has no Prompter and no
         BoxHead: it takes no text prompt, gives no box, and is trained without the grounding loss
-    prompter_readout: what becomes the region feature: `mean` of all tokens after the layer (the paper's "global average
-        pooler"), or the mean of the `prompt` tokens alone (one layer no longer has to route the box into every patch)
+    prompter_readout: what becomes the region feature: the mean of the `prompt` tokens after the layer, or the `mean` of all
+        tokens (the paper's "global average pooler", for which one layer has to write the box into every patch)
     prompter_tokens: which image tokens the Prompter sees, `all` (CLS and patches) or `patches`
-    prompter_shared: one Prompter for box and text prompts, or a second one for texts
+    prompter_shared: one Prompter for box and text prompts, or a second one for texts; of no meaning to `roi_align`
     prompter_mlp_ratio: hidden width of the Prompter layer's MLP, as a multiple of the tower's width
     prompter_layer_norm: whether the tower's final LayerNorm is applied to the tokens before the Prompter
     box_token: `corners`, one prompt token per corner (the paper's), or `joint`, one token: an MLP over both corners
@@ -39,9 +39,9 @@ class RegionConfig:
     """
 
     region_encoder: str = "prompter"
-    prompter_readout: str = "mean"
+    prompter_readout: str = "prompt"
     prompter_tokens: str = "all"
-    prompter_shared: bool = True
+    prompter_shared: bool = False
     prompter_mlp_ratio: float = 4.0
     prompter_layer_norm: bool = True
     box_token: str = "corners"
@@ -151,7 +151,7 @@ def _tower(width: int, layers: int, heads: int, mlp_ratio: int = 4) -> dict:
 
 def nano(vocab_size: int = 512, **fields) -> ClocConfig:
     """The embedded default: 80 px, patch 8 (100 patches), 2 M parameters; trains on two CPU cores within the hour."""
-    fields = {"prompter_readout": "prompt", "position_init": "sincos", "box_max_frequency": 8.0, **fields}
+    fields = {"position_init": "sincos", "box_max_frequency": 8.0, **fields}
     vision = {**_tower(192, 4, 3, mlp_ratio=2), "image_size": 80, "patch_size": 8}
     text = {**_tower(128, 2, 2), "vocab_size": vocab_size}
     return _config(vision, text, 128, **fields)

@@ -68,7 +68,7 @@ class RegionEncoder:
         super().__init__(config)
         prompts = config.region_encoder == "prompter"
         self.prompter = Prompter(config, texts=config.prompter_shared) if prompts else None
-        self.text_prompter = None if config.prompter_shared else Prompter(config, boxes=False)
+        self.text_prompter = Prompter(config, boxes=False) if prompts and not config.prompter_shared else None
         self.roi_pooler = None if prompts else RoiPooler(config)
         own = config.region_temperature == "own"
         if not hasattr(self, "logit_bias"):  # a stock SigLIP has one
@@ -127,7 +127,7 @@ class RegionEncoder:
         """Region features (R, E) of boxes (R, 4), xyxy in [0, 1] of the square input, each in image `image_index_R` (R,)."""
         if self.roi_pooler is not None:
             return self.roi_pooler(boxes_R4, tokens_BND, image_index_R)
-        return self.prompter(self.prompter.box_prompts(boxes_R4), tokens_BND, image_index_R)
+        return self.prompter(tokens_BND, image_index_R, boxes_R4=boxes_R4)
 
     def embed_texts(self, tokens_BND: Tensor, text_feat_RE: Tensor, image_index_R: Tensor) -> Tensor:
         """Grounded features (R, E) of text features (R, E), each looked for in image `image_index_R` (R,).
@@ -136,8 +136,7 @@ class RegionEncoder:
         """
         if self.prompter is None:
             raise DataError("this model was trained with region_encoder 'roi_align', which takes no text prompt and gives no box")
-        prompter = self.text_prompter or self.prompter
-        return prompter(prompter.text_prompts(text_feat_RE), tokens_BND, image_index_R)
+        return (self.text_prompter or self.prompter)(tokens_BND, image_index_R, text_feat_RE=text_feat_RE)
 
     def predict_boxes(self, grounded_RE: Tensor) -> Tensor:
         """Boxes (R, 4), xyxy in [0, 1] of the square input, of grounded features (R, E); linear, so not clipped."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from encoder.checkpoint import TOKENIZER, forget_after, load_training_state, save_training_state
+from encoder.config import RegionConfig
 from encoder.data.batches import RegionBatches, batch_loader
 from encoder.distributed import rank, sum_over_ranks, world_size
 from encoder.engine import make_engine
@@ -24,7 +25,7 @@ from encoder.gradient_cache import cached_backward
 from encoder.losses import LossConfig, bounded_scale, cloc_losses
 from encoder.model import ClocModel, ClocOutput
 from encoder.patch_dropout import kept_patches, only_patches
-from encoder.pretraining_config import PretrainConfig
+from encoder.pretraining_config import MODEL_FIELDS, PretrainConfig
 from encoder.processor import ClocProcessor
 
 
@@ -67,13 +68,24 @@ def train_step(engine: deepspeed.DeepSpeedEngine, parts: list[dict], loss_config
     return report
 
 
+def run_identity(config: PretrainConfig, loss_config: LossConfig, model_config: RegionConfig) -> dict:
+    """What a run is, beside its records: a checkpoint is of this run where these are equal.
+
+    Fields of the model are as it has them, the preset's and the defaults among them: those may be others when a run goes on.
+    """
+    fields = {key: value for key, value in asdict(config).items() if key != "model_fields"}
+    of_loss = {f"loss.{key}": value for key, value in asdict(loss_config).items()}
+    of_model = {f"model.{key}": getattr(model_config, key) for key in MODEL_FIELDS if hasattr(model_config, key)}
+    return {**fields, **of_loss, **of_model}
+
+
 def pretrain(
     model: ClocModel, processor: ClocProcessor, batches: RegionBatches, config: PretrainConfig, loss_config: LossConfig
 ) -> deepspeed.DeepSpeedEngine:
     """Trains to `config.steps`, from the last checkpoint in `config.output` if there is one; returns the engine."""
     output = Path(config.output)
     engine = make_engine(model, config, loss_config.max_logit_scale)
-    identity = {**asdict(config), **{f"loss.{key}": value for key, value in asdict(loss_config).items()}, **batches.identity()}
+    identity = {**run_identity(config, loss_config, model.config), **batches.identity()}
     first_step = load_training_state(engine, output, identity)
     is_main = rank() == 0
     writer = SummaryWriter(output / "tensorboard", purge_step=first_step or None) if is_main else None

@@ -112,7 +112,22 @@ class Prompter(nn.Module):
         self.layer_norm = nn.LayerNorm(width, eps=config.vision_config.layer_norm_eps)
         self.projection = nn.Linear(width, joint, bias=False)
 
-    def forward(self, prompts_RPD: Tensor, tokens_BND: Tensor, image_index_R: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens_BND: Tensor,
+        image_index_R: Tensor,
+        boxes_R4: Tensor | None = None,
+        text_feat_RE: Tensor | None = None,
+    ) -> Tensor:
+        """Image tokens (B, N, D), and boxes or text features of R prompts, each of image `image_index_R` -> features (R, E).
+
+        boxes_R4: xyxy in [0, 1] of the square input; text_feat_RE: projected, unnormalised; features are unnormalised too
+        """
+        # In here, since ZeRO-3 holds a module's own parameters for the time of its forward and backward pass alone.
+        prompts_RPD = self.text_prompts(text_feat_RE) if boxes_R4 is None else self.box_prompts(boxes_R4)
+        return self.read(prompts_RPD, tokens_BND, image_index_R)
+
+    def read(self, prompts_RPD: Tensor, tokens_BND: Tensor, image_index_R: Tensor) -> Tensor:
         """Prompt tokens (R, P, D) over the image tokens (B, N, D) of image `image_index_R` -> features (R, E), unnormalised."""
         if self.config.prompter_tokens == "patches":
             tokens_BND = tokens_BND[:, self.config.num_class_tokens :]

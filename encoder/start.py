@@ -106,8 +106,9 @@ def make_model(
 def _load_cloc(kind: str, folder: str, may_miss: tuple[str, ...], given: dict[str, Any]) -> ClocModel | ClocSiglipModel:
     """A CLOC's folder with fields of its configuration replaced; of one Prompter become two where they shall be apart."""
     cls = WHOLE[kind]
-    shared = cls.config_class.from_pretrained(folder).prompter_shared
-    asked = given.get("prompter_shared", shared)
+    saved = cls.config_class.from_pretrained(folder)
+    shared = saved.prompter_shared
+    asked = given.get("prompter_shared", shared) if saved.region_encoder == "prompter" else shared
     if asked and not shared:
         raise DataError(f"{folder} has a Prompter of its own for texts, which prompter_shared true would drop; pass false")
     model = load_strict(cls, folder, may_miss, dtype=torch.float32, **given | {"prompter_shared": shared})

@@ -106,7 +106,7 @@ class RegionTokens(nn.Module):
         region_weights: (R, P) that sum to 1, for `pooling`
         """
         if self.prompter is not None:
-            features_RF = self.prompter(self.prompter.box_prompts(region_boxes), tokens_BND, region_image_index)
+            features_RF = self.prompter(tokens_BND, region_image_index, boxes_R4=region_boxes)
         else:
             patches_BPD = tokens_BND[:, self.num_class_tokens :]
             features_RF = torch.einsum("rp,rpd->rd", region_weights.to(patches_BPD.dtype), patches_BPD[region_image_index])

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from encoder.config import READOUTS
+from encoder.config import READOUTS, RegionConfig
 from encoder.errors import DataError, run_main
 from encoder.export import export_clip, export_vision
 from encoder.from_clip import from_clip
@@ -48,7 +48,8 @@ READ_BY = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", required=True, choices=[*ENCODERS, *MLLMS, "llm"], help="what OUT shall hold")
-    parser.add_argument("--readout", choices=READOUTS, help=f"of the new Prompter, with --to cloc; default {READOUTS[0]}")
+    readout = RegionConfig.prompter_readout
+    parser.add_argument("--readout", choices=READOUTS, help=f"of the new Prompter, with --to cloc; default {readout}")
     parser.add_argument("--seed", type=int, help="of the new Prompter's initialisation, with --to cloc; default 0")
     parser.add_argument("--image-size", type=int, help="side of the new input in pixels, with --to cloc; default the CLIP's")
     parser.add_argument("--tokenizer", help="folder of the tokenizer, for a CLIP without one (VeCap-DFN: T5's)")
@@ -104,7 +105,7 @@ def convert_encoder(arguments: argparse.Namespace, kind: str, source: Path, outp
             image_size=arguments.image_size,
             open_clip_config=arguments.open_clip_config,
             quick_gelu={"true": True, "false": False, None: None}[arguments.quick_gelu],
-            prompter_readout=arguments.readout or READOUTS[0],
+            prompter_readout=arguments.readout or RegionConfig.prompter_readout,
         )
         processor = load_processor(source, arguments.tokenizer, arguments.image_size, arguments.open_clip_config)
         model.save_pretrained(output)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, dict] = {
     "clip": {"objective": "clip"},
     "cloc": {},
-    "roi_align": {"region_encoder": "roi_align", "prompter_shared": True, "grounding_loss_weight": 0.0},
+    "roi_align": {"region_encoder": "roi_align", "grounding_loss_weight": 0.0},
     "mean": {"prompter_readout": "mean"},
     "no_grounding": {"grounding_loss_weight": 0.0},
     "filter_0.9": {"similar_text_threshold": 0.9},

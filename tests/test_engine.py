@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from encoder.engine import compile_layers, recompute_layers
 from encoder.losses import LossConfig, cloc_losses
 
-LAYERS = 2 + 2 + 1  # vision, text, Prompter
+LAYERS = 2 + 2 + 2  # vision, text, the two Prompters
 
 
 @pytest.fixture()

@@ -70,7 +70,7 @@ def test_the_clip_part_is_stock_clip_bit_for_bit():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"prompter_shared": False, "prompter_readout": "prompt", "region_temperature": "own"}])
+@pytest.mark.parametrize("fields", [{}, {"prompter_shared": True, "prompter_readout": "mean", "region_temperature": "own"}])
 def test_forward_is_its_parts(fields):
     model, batch = make(**fields), inputs()
     output = model(**batch)
@@ -79,7 +79,7 @@ def test_forward_is_its_parts(fields):
     assert torch.equal(output.region_text_feat, text)
     assert torch.equal(output.region_feat, model.embed_boxes(image.tokens, batch["boxes"], IMAGE_INDEX))
     prompter = model.text_prompter or model.prompter
-    grounded = prompter(prompter.text_prompts(text), image.tokens, IMAGE_INDEX)
+    grounded = prompter.read(prompter.text_prompts(text), image.tokens, IMAGE_INDEX)
     assert torch.equal(output.predicted_boxes, model.box_head(grounded))
     assert output.region_feat.shape == (R, 16) and output.predicted_boxes.shape == (R, 4)
     own = model.region_logit_scale
@@ -120,7 +120,7 @@ def test_without_boxes_only_the_clip_part_runs():
     assert torch.equal(output.image_feat, model(**batch).image_feat)
 
 
-@pytest.mark.parametrize("fields", [{}, {"prompter_shared": False}, {"box_token": "joint"}])
+@pytest.mark.parametrize("fields", [{}, {"prompter_shared": True, "prompter_readout": "mean"}, {"box_token": "joint"}])
 def test_every_parameter_learns(fields):
     model, batch = make(**fields), inputs()
     output = model(**batch)
@@ -135,7 +135,7 @@ def test_every_parameter_learns(fields):
 def test_initialisation_of_the_new_parts_keeps_their_scale():
     """Every new matrix starts near 1/sqrt(fan in), not at PyTorch's or transformers' default for unknown modules."""
     torch.manual_seed(0)
-    model = ClocModel(tiny(vocab_size=64, prompter_shared=False))
+    model = ClocModel(tiny(vocab_size=64))
     box_input = ClocModel(tiny(vocab_size=64, box_token="joint")).prompter.box_input
     for linear, fan_in in ((box_input.fc1, 64), (box_input.fc2, 32)):
         assert float(linear.weight.std()) == pytest.approx(fan_in**-0.5, rel=0.2) and not linear.bias.any()
@@ -167,12 +167,12 @@ def test_sincos_positions_are_the_corner_sinusoids_of_patch_centres():
 
 
 def test_the_same_seed_gives_the_same_towers_with_any_prompter():
-    plain, other = make().state_dict(), make(prompter_readout="prompt").state_dict()
+    plain, other = make().state_dict(), make(prompter_readout="mean").state_dict()
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"prompter_shared": False, "region_temperature": "own", "box_token": "joint"}])
+@pytest.mark.parametrize("fields", [{}, {"prompter_shared": True, "region_temperature": "own", "box_token": "joint"}])
 def test_automodel_round_trip_is_bit_equal(fields, tmp_path):
     model = make(**fields)
     model.save_pretrained(tmp_path)

@@ -34,7 +34,7 @@ def folders(tmp_path_factory, request):
     """A CLIP with OpenAI's temperature, a CLOC with the same, one trained with the sigmoid loss, a SigLIP and a CLOC on it."""
     base = tmp_path_factory.mktemp("folders")
     torch.manual_seed(0)
-    model = ClocModel(tiny(vocab_size=64))
+    model = ClocModel(tiny(vocab_size=64, prompter_shared=True))
     model.logit_scale.data.fill_(4.6052)
     model.save_pretrained(base / "cloc")
     export_clip(model, base / "clip")
@@ -46,7 +46,7 @@ def folders(tmp_path_factory, request):
     text = {**sizes, "vocab_size": 64, "max_position_embeddings": 24, "projection_size": 32}
     siglip = SiglipModel(SiglipConfig(vision_config={**sizes, "image_size": 32, "patch_size": 8}, text_config=text))
     siglip.save_pretrained(base / "siglip")
-    from_clip(base / "siglip", prompter_readout="prompt").save_pretrained(base / "cloc_siglip")
+    from_clip(base / "siglip", prompter_shared=True).save_pretrained(base / "cloc_siglip")
     return base
 
 
@@ -100,7 +100,7 @@ def test_every_field_that_cloc_adds_is_a_flag_and_reaches_the_model():
     add_pretraining_flags(parser)
     helps = {action.dest: action.help for action in parser._actions}
     assert len(added) >= 15 and all(len(helps[name].split(" (default ")[0]) > 20 for name in added)
-    other = {"mean": "prompt", "all": "patches", "corners": "joint", "shared": "own", "pad": "squash", "normal": "sincos"}
+    other = {"prompt": "mean", "all": "patches", "corners": "joint", "shared": "own", "pad": "squash", "normal": "sincos"}
     other |= {"prompter": "prompter", True: False, False: True, 4.0: 2.0, 0.5: 0.25, 32.0: 9.5, None: 24}
     chosen = {name: other[getattr(ClocConfig(), name)] for name in added}
     flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value).lower())]
@@ -120,7 +120,7 @@ def test_geometry_is_one_for_the_model_and_its_pictures(folders, processor_of_an
 
 @pytest.mark.parametrize("init", ["cloc", "cloc_siglip"])
 def test_of_one_prompter_become_two_that_start_from_it(folders, processor_of_any, init, tmp_path, capsys):
-    """As `nano_encoder.yaml` asks of the shipped CLOC: nothing changes at the start, and both are saved."""
+    """Nothing changes at the start, and both are saved."""
     given = {"prompter_shared": False}
     config = PretrainConfig(shards="", output="", init=str(folders / init), model_fields=given)
     model, _ = make_model(config, LossConfig(), None)

@@ -126,7 +126,7 @@ def test_a_tower_saved_by_transformers_5_without_the_prefix_is_read_too(tiny_fol
 @torch.no_grad()
 def test_from_clip_gives_bit_equal_clip_outputs(clip_folder, pixels, texts):
     clip = CLIPModel.from_pretrained(clip_folder).eval()
-    for model in (from_clip(clip_folder), ClocModel.from_clip(clip_folder, prompter_readout="prompt", position_init="sincos")):
+    for model in (from_clip(clip_folder), ClocModel.from_clip(clip_folder, prompter_readout="mean", position_init="sincos")):
         assert type(model) is ClocModel
         model.eval()
         assert model.config.vision_config.hidden_act == "gelu" and model.config.projection_dim == 16
@@ -136,7 +136,7 @@ def test_from_clip_gives_bit_equal_clip_outputs(clip_folder, pixels, texts):
         output = model(pixels, **texts, boxes=torch.tensor([[0.1, 0.1, 0.5, 0.7]]), image_index=torch.tensor([1]),
                        region_input_ids=texts["input_ids"][:1])  # fmt: skip
         assert torch.isfinite(output.region_feat).all() and torch.isfinite(output.predicted_boxes).all()
-    assert model.config.prompter_readout == "prompt"
+    assert model.config.prompter_readout == "mean"
     own = from_clip(clip_folder, region_temperature="own")
     assert float(own.region_logit_scale) == pytest.approx(1.5)
 

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -36,12 +35,13 @@ from transformers import CLIPModel
 
 from encoder import ClocModel
 from encoder.checkpoint import load_training_state
+from encoder.config import tiny
 from encoder.data.batches import RegionBatches
 from encoder.data.reader import RegionDataset
 from encoder.errors import DataError
 from encoder.losses import LossConfig
 from encoder.pretrained import load_encoder, load_processor
-from encoder.pretraining import pretrain
+from encoder.pretraining import pretrain, run_identity
 from encoder.pretraining_config import PretrainConfig
 from encoder.start import make_model
 
@@ -61,7 +61,7 @@ SINGLE = {  # runs of one process, by name
     "bf16_at_its_end": {**BF16, "goes_on": ("bf16", 12)},
     "dropped": DROPPED,
     "overfit": {"shards": "few", "batch_size": 8, "steps": 120, "learning_rate": 3e-3, "weight_decay": 0.0, "log_every": 10},
-    "from_clip": {"init": "clip/model", "steps": 3, "model_fields": {"prompter_readout": "prompt"}},
+    "from_clip": {"init": "clip/model", "steps": 3, "model_fields": {"prompter_readout": "mean"}},
     "from_cloc": {"init": "cloc/model", "steps": 3, "zero_stage": 0, "ema_decay": 0.5},
 }
 DOUBLE = {
@@ -260,7 +260,7 @@ def test_what_is_written(single, root):
 
 def test_starts_from_clip_and_from_cloc(single, root):
     clip, started = load_encoder(root / "clip" / "model"), load_encoder(root / "from_clip" / "model")
-    assert type(started) is ClocModel and started.config.prompter_readout == "prompt"
+    assert type(started) is ClocModel and started.config.prompter_readout == "mean"
     weight = "vision_model.embeddings.patch_embedding.weight"
     moved = (started.state_dict()[weight] - clip.state_dict()[weight]).abs().max()
     assert 0 < float(moved) < 0.02  # three small steps away, not another draw
@@ -272,11 +272,13 @@ def test_starts_from_clip_and_from_cloc(single, root):
 def test_a_checkpoint_of_another_configuration_is_refused(single, root):
     """Before any weight is loaded: no engine is needed to find out."""
     config = PretrainConfig(**{**RUN, "shards": "elsewhere", "output": str(root / "cloc"), "ema_decay": 0.9})
-    identity = {**asdict(config), **{f"loss.{key}": value for key, value in asdict(LossConfig(**LOSS)).items()}}
+    identity = run_identity(config, LossConfig(**LOSS), tiny())
     for change, sentence in (
         ({"learning_rate": 2e-3}, r"made with learning_rate = 0.0003, this run has 0.002; choose another output folder"),
         ({"objective": "clip"}, "made with objective = cloc, this run has clip"),
         ({"loss.similar_text_threshold": None}, "made with loss.similar_text_threshold = 0.999, this run has None"),
+        ({"model.prompter_readout": "mean"}, "made with model.prompter_readout = prompt, this run has mean"),
+        ({"model.new": 3}, "made before model.new was kept in it, this run has 3"),
     ):
         with pytest.raises(DataError, match=sentence):
             load_training_state(None, root / "cloc", {**identity, **change})

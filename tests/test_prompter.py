@@ -73,7 +73,7 @@ def test_equals_one_stock_layer_per_prompt_in_value_and_gradient(kind, readout, 
     prompts = torch.randn(R, 2 if kind == "box" else 1, 32, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(R, config.projection_dim, generator=generator, dtype=torch.float64)
 
-    ours, reference = prompter(prompts, tokens, IMAGE_INDEX), naive(prompter, stock, prompts, tokens)
+    ours, reference = prompter.read(prompts, tokens, IMAGE_INDEX), naive(prompter, stock, prompts, tokens)
     torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
 
     ours_grads = torch.autograd.grad((ours * weight).sum(), [tokens, prompts, *prompter.layer.parameters()])
@@ -96,12 +96,12 @@ def test_prompts_do_not_see_each_other_and_none_is_fine(readout):
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(B, N, 32, generator=generator, dtype=torch.float64)
     prompts = torch.randn(R, 2, 32, generator=generator, dtype=torch.float64)
-    together = prompter(prompts, tokens, IMAGE_INDEX)
-    alone = torch.cat([prompter(prompts[i : i + 1], tokens, IMAGE_INDEX[i : i + 1]) for i in range(R)])
+    together = prompter.read(prompts, tokens, IMAGE_INDEX)
+    alone = torch.cat([prompter.read(prompts[i : i + 1], tokens, IMAGE_INDEX[i : i + 1]) for i in range(R)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
     tokens.requires_grad_()
-    none = prompter(prompts[:0], tokens, IMAGE_INDEX[:0])
+    none = prompter.read(prompts[:0], tokens, IMAGE_INDEX[:0])
     assert none.shape == (0, 16)
     none.sum().backward()  # a rank without regions still runs backward, with zero gradients everywhere
     assert tokens.grad is not None and not tokens.grad.any()
@@ -165,7 +165,7 @@ def test_joint_box_token_through_the_layer_is_the_naive_layer_with_one_prompt_to
     tokens = torch.randn(B, N, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     boxes = torch.rand(R, 2, 2, generator=torch.Generator().manual_seed(8)).sort(dim=1).values.reshape(R, 4)
     prompts = prompter.box_prompts(boxes)
-    ours = prompter(prompts, tokens, IMAGE_INDEX)
+    ours = prompter.read(prompts, tokens, IMAGE_INDEX)
     torch.testing.assert_close(ours, naive(prompter, stock_layer(prompter), prompts, tokens), rtol=2e-5, atol=2e-5)
 
 

@@ -71,8 +71,8 @@ def stock(folder) -> SiglipModel:
 @torch.no_grad()
 def test_from_clip_gives_bit_equal_siglip_outputs(siglip_folder, pixels):
     siglip, batch = stock(siglip_folder), texts_of(siglip_folder)
-    model = ClocModel.from_clip(siglip_folder, prompter_readout="prompt").eval()
-    assert type(model) is ClocSiglipModel and model.config.prompter_readout == "prompt"
+    model = ClocModel.from_clip(siglip_folder, prompter_readout="mean").eval()
+    assert type(model) is ClocSiglipModel and model.config.prompter_readout == "mean"
     vision = siglip.vision_model(pixel_values=pixels)
     image = model.encode_image(pixels)
     assert torch.equal(image.feat, vision.pooler_output) and torch.equal(image.tokens, vision.last_hidden_state)
@@ -94,7 +94,7 @@ def test_from_clip_gives_bit_equal_siglip_outputs(siglip_folder, pixels):
 @pytest.mark.parametrize("box_token", ["corners", "joint"])
 def test_regions_learn_through_a_siglip_tower(siglip_folder, pixels, tokens, box_token):
     batch = texts_of(siglip_folder)
-    fields = {"region_temperature": "own", "prompter_shared": False, "prompter_tokens": tokens, "box_token": box_token}
+    fields = {"region_temperature": "own", "prompter_shared": True, "prompter_tokens": tokens, "box_token": box_token}
     model = from_clip(siglip_folder, **fields)
     assert float(model.region_logit_scale) == pytest.approx(4.7) and float(model.region_logit_bias) == pytest.approx(-12.9)
     boxes = torch.tensor([[0.1, 0.1, 0.5, 0.7], [0.2, 0.0, 1.0, 0.4]])

@@ -211,14 +211,14 @@ def test_an_interruption_starts_nothing_more(monkeypatch, tmp_path):
 def test_a_variant_changes_the_fields_that_the_recipe_and_its_preset_set(tmp_path):
     """What `from_clip` starts from is a plain CLIP, which brings no field of the Prompter."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("tiny", "nano") + "prompter_shared: false\n")
+    recipe.write_text(RECIPE.replace("tiny", "nano") + "prompter_tokens: patches\n")
     arguments = argparse.Namespace(scenes=tmp_path, out=tmp_path, recipe=recipe, steps=5)
     expected = {
-        "cloc": {"prompter_shared": False},
-        "joint": {"prompter_shared": False, "box_token": "joint"},
-        "shared_prompter": {"prompter_shared": True},
-        "roi_align": {"prompter_shared": True, "region_encoder": "roi_align"},
-        "from_clip": {"prompter_readout": "prompt", "box_max_frequency": 8.0, "prompter_shared": False},
+        "cloc": {"prompter_tokens": "patches"},
+        "joint": {"prompter_tokens": "patches", "box_token": "joint"},
+        "shared_prompter": {"prompter_tokens": "patches", "prompter_shared": True},
+        "roi_align": {"prompter_tokens": "patches", "region_encoder": "roi_align"},
+        "from_clip": {"prompter_tokens": "patches", "box_max_frequency": 8.0},
     }
     for variant, fields in expected.items():
         config, _ = build_configs(study.variant_values(arguments, variant, 0))
