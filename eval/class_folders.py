@@ -14,7 +14,7 @@ SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """folders: in sorted order, which is ImageNet's own; names: what each is called, in the same order, perhaps twice the
+    """folders: in sorted order, numbers by their value, which is ImageNet's own; names: what each is called, in the same order, perhaps twice the
     same; images: (path relative to the root, index of its folder), folder by folder."""
 
     root: Path
@@ -31,7 +31,9 @@ def read_class_folders(root: Path, names_file: Path | None) -> ClassFolders:
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the one that holds a folder of pictures per class as --images")
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    folders = [path.name for path in root.iterdir() if path.is_dir()]
+    # Those of ImageNet-V2 are called 0 to 999: by their texts 10 would come before 2, and a list of names would be shifted.
+    folders.sort(key=int if all(map(str.isdecimal, folders)) else None)
     images = []
     for index, folder in enumerate(folders):
         found = sorted(path for path in (root / folder).rglob("*") if path.is_file())
@@ -51,7 +53,8 @@ def read_class_folders(root: Path, names_file: Path | None) -> ClassFolders:
 def read_names(path: Path, folders: list[str]) -> list[str]:
     """The name of each folder's class. Raises DataError for a form not known, and for a folder without a name.
 
-    A JSON object `folder: name`, or `index: [folder, name]` (imagenet_class_index.json); a JSON list of names in the
+    A JSON object `folder: name`, or `index: [folder, name]` (imagenet_class_index.json; folders may be called by the index,
+    as in ImageNet-V2); a JSON list of names in the
     order of the sorted folders (OpenAI's ImageNet names); or lines of text `folder name`, of whose synonyms, parted by
     commas, the first counts (LOC_synset_mapping.txt).
     """
@@ -68,7 +71,8 @@ def read_names(path: Path, folders: list[str]) -> list[str]:
             raise DataError(f"{path}: a list of {len(content)}, there are {len(folders)} folders; give a name for each of them")
         return content
     if isinstance(content, dict):
-        pairs = [tuple(value) if isinstance(value, list) else (key, value) for key, value in content.items()]
+        pairs = [(key, value[-1] if isinstance(value, list) and value else value) for key, value in content.items()]
+        pairs += [tuple(value) for value in content.values() if isinstance(value, list)]
     elif content is None:
         rows = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
         pairs = [(row[0], row[1].partition(",")[0].strip() if len(row) == 2 else None) for row in rows]

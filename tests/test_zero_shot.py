@@ -102,6 +102,18 @@ def test_forms_of_the_names(imagenet):
         read(write_json(imagenet / "short.json", ["a", "b"]))
 
 
+def test_folders_that_are_numbers_are_in_their_order(tmp_path):
+    """ImageNet-V2's: a list of names, and imagenet_class_index.json, whose keys they are."""
+    for number in (0, 1, 2, 9, 10, 11, 100):
+        write_picture(tmp_path / f"v2/{number}/a.jpeg", 30, 40, number)
+    names = [f"name {number}" for number in (0, 1, 2, 9, 10, 11, 100)]
+    classes = read_class_folders(tmp_path / "v2", write_json(tmp_path / "list.json", names))
+    assert classes.folders == ["0", "1", "2", "9", "10", "11", "100"] and classes.names == names
+    assert [(path, classes.names[index]) for path, index in classes.images][4] == ("10/a.jpeg", "name 10")
+    index = {str(number): [f"n{number:08d}", f"name {number}"] for number in range(101)}
+    assert read_class_folders(tmp_path / "v2", write_json(tmp_path / "index.json", index)).names == names
+
+
 def test_bad_folders_get_one_sentence(tiny_folder, imagenet, tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         run(zero_shot, "--model", tiny_folder, "--images", imagenet / "gone", "--out", imagenet / "run")
