@@ -23,7 +23,7 @@ PHRASES = [["red square", "small blue dot", "a picture"], ["green tower"], ["yel
 def spread_out(model):
     """Boxes all over the square, so that the rule has something to choose from."""
     with torch.no_grad():
-        torch.manual_seed(1)
+        torch.manual_seed(2)
         model.box_head.fc2.weight.normal_(std=0.3)
     return model
 
