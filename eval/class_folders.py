@@ -14,8 +14,8 @@ SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """folders: in sorted order, numbers by their value, which is ImageNet's own; names: what each is called, in the same order, perhaps twice the
-    same; images: (path relative to the root, index of its folder), folder by folder."""
+    """folders: in sorted order, numbers by their value, which is ImageNet's own; names: what each is called, in the same order,
+    perhaps twice the same; images: (path relative to the root, index of its folder), folder by folder."""
 
     root: Path
     folders: list[str]
