@@ -103,7 +103,6 @@ def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype, computed: torch.dt
         )
         low.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=low)
         choose_kernels(low, fast=False)
-        low.register_state_dict_post_hook(_without_scales)
     else:
         low = Linear8bitLt(**sizes, has_fp16_weights=False, threshold=6.0, device="meta")
         low.weight = Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
@@ -112,11 +111,19 @@ def _low_bit(layer: nn.Linear, bits: int, saved: torch.dtype, computed: torch.dt
     return low.train(layer.training)
 
 
-def _without_scales(layer: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
-    """Takes out what a state of 4-bit weights has beside them. No load takes it back, and a strict one, as DeepSpeed's on
-    resuming, stops at it; the layer has it from its base."""
-    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
-        del state[name]
+def forget_scales(model: nn.Module) -> None:
+    """From now on a state of the model has its 4-bit weights without their scales, which no load takes back.
+
+    A strict one, as DeepSpeed's on resuming, stops at them; the layers have them from their base.
+    """
+
+    def take_out(layer: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+            del state[name]
+
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.register_state_dict_post_hook(take_out)
 
 
 def choose_kernels(model: nn.Module, fast: bool) -> None:

@@ -32,7 +32,7 @@ from mllm.box_text import BoxCodec
 from mllm.checkpoint import load_mllm
 from mllm.config import DEFAULT_FEATURE_LAYER, PROJECTORS, MllmConfig, layers_of
 from mllm.image_input import ImageInput
-from mllm.lora import add_lora, is_lora, lora_config, quantize
+from mllm.lora import add_lora, forget_scales, is_lora, lora_config, quantize
 from mllm.mixture import sources_of
 from mllm.packing import attends_to_all
 from mllm.projector import load_projector, load_region_projector, make_identity
@@ -73,6 +73,8 @@ def build_mllm(config: MllmConfig, dtype: torch.dtype = torch.float32) -> Mllm:
     mllm = _from_folder(config, dtype) if config.model else _from_parts(config, dtype)
     check_rows(config, mllm.model.config.text_config)
     check_tiles(config, mllm.settings)
+    if config.llm_bits:
+        forget_scales(mllm.model)
     if config.uses_lora:
         torch.manual_seed(config.seed)
         mllm.lora = lora_config(mllm.model, config)
