@@ -19,6 +19,8 @@ PRECISIONS = ("bf16", "fp32")
 DTYPES = ("bfloat16", "float32")
 PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's name: the activation between Llava's two layers
 DEFAULT_FEATURE_LAYER = -2
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+PRESET_FIELDS = ("tokenizer_data", "vocab_size", "llm_width", "llm_layers", "llm_heads", "llm_mlp_ratio", "embedding_std")
 # Fields that may change between a run and its continuation.
 FREE_FIELDS = {"output", "log_every", "save_every", "keep_checkpoints", "workers", "cache_folder", "resume", "report_to"}
 
@@ -238,6 +240,8 @@ class MllmConfig:
                 f"cache_features keeps a frozen tower's features, but train names {learns.pop()}; drop one of the two"
             )
         self._check_adapters()
+        self._check_unread(LORA_FIELDS, self.uses_lora, "train names neither llm_lora nor tower_lora")
+        self._check_unread(PRESET_FIELDS, self.llm_preset, "llm_preset is not given")
         if self.joins_rows and self.attention != "sdpa":
             raise DataError(f"{self.joins_rows} needs a mask that attention {self.attention} does not take; choose sdpa")
         if self.pack and self.group_by_length:
@@ -251,6 +255,12 @@ class MllmConfig:
         if self.tile_grids and not self.model and self.geometry != ANYRES:
             raise DataError("tile_grids is given, but geometry is not anyres, so nothing would read it; set that, or drop it")
         read_grids(self.tile_grids)
+
+    def _check_unread(self, names: tuple[str, ...], read: object, why: str):
+        """Refuses fields that were set and that nothing reads."""
+        for name in names if not read else ():
+            if (value := getattr(self, name)) not in (self.__dataclass_fields__[name].default, []):
+                raise DataError(f"{name} is {value}, but {why}, so nothing would read it; set that, or drop {name}")
 
     def _check_adapters(self):
         for part in ("llm", "tower"):
@@ -282,6 +292,8 @@ class MllmConfig:
         for name in ("max_steps", "save_every", "workers", "weight_decay", "warmup"):
             if getattr(self, name) < 0:
                 raise DataError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.warmup >= 1:
+            raise DataError(f"warmup is {self.warmup}; give a share of the steps, below 1")
         if self.loss_block is not None and self.loss_block < 0:
             raise DataError(f"loss_block is {self.loss_block}; give the tokens of a block, or 0 for no blocks")
         if self.llm_width % (2 * self.llm_heads):

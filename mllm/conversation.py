@@ -35,12 +35,18 @@ def write_boxes(text: str, regions: list[Region], geometries: list[Geometry], co
 
 
 def number_regions(question: str, num_regions: int) -> str:
-    """The question with `<region:0>`, `<region:1>`, ... for `<region>`, of which there may be one per region, in order."""
+    """The question with `<region:0>`, `<region:1>`, ... for `<region>`, of which there is one per region, in order."""
     for index in range(question.count("<region>")):
         question = question.replace("<region>", f"<region:{index}>", 1)
     missing = [m[0] for m in PLACEHOLDER.finditer(question) if int(m[2]) >= num_regions]
     if missing:
         raise DataError(f"question '{question}' has {missing[0]}, but {num_regions} boxes came with it; give that box")
+    unnamed = set(range(num_regions)) - {int(m[2]) for m in PLACEHOLDER.finditer(question)}
+    if unnamed:
+        raise DataError(
+            f"question '{question}' does not name region {min(unnamed)} of the {num_regions} that came with it, so the model "
+            "would not see it; write <region> where it is meant"
+        )
     return question
 
 

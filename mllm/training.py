@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def train(config: MllmConfig, launched: bool = False) -> Path:
 
     launched: with `deepspeed`; ZeRO-2 is then used where the recipe names no ZeRO file
     """
+    if config.report_to == "wandb" and find_spec("wandb") is None:
+        raise DataError("report_to is wandb, but the package wandb is not installed; pip install wandb, or choose tensorboard")
     _start_processes()
     output = Path(config.output)
     checkpoint = _prepare_output(config, output)

@@ -20,7 +20,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "15")  # a log keeps every redraw of a progress bar
 
 from encoder.arguments import add_fields  # noqa: E402
-from encoder.errors import run_main  # noqa: E402
+from encoder.errors import DataError, run_main  # noqa: E402
 from encoder.launch import slurm_environment  # noqa: E402
 from mllm.config import MllmConfig, load_config  # noqa: E402
 
@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="YAML file of fields; see scripts/recipes")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("--dry-run", action="store_true", help="tell what the run would do, and train nothing")
-    parser.add_argument("--processes", type=int, default=1, help="of the run that --dry-run tells about")
+    parser.add_argument("--processes", type=int, help="of the run that --dry-run tells about; 1 if not given")
     add_fields(parser, MllmConfig, "fields of the recipe")
     flags = vars(parser.parse_args())
     os.environ |= slurm_environment(os.environ)
     recipe, local_rank = flags.pop("recipe"), flags.pop("local_rank")
     dry, processes = flags.pop("dry_run"), flags.pop("processes")
+    if processes is not None and not dry:
+        raise DataError("--processes is of --dry-run alone; a run has those of its launcher, such as deepspeed --num_gpus 8")
     config = load_config(recipe, flags)
     # Slow to import; a mistake in the recipe is told before.
     from transformers.utils.logging import disable_progress_bar
@@ -46,7 +48,7 @@ def main() -> None:
     if dry:
         from mllm.dry_run import dry_run
 
-        dry_run(config, processes)
+        dry_run(config, 1 if processes is None else processes)
         return
     train(config, launched=local_rank is not None)
 

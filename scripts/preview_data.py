@@ -52,6 +52,8 @@ def main() -> int:
         raise DataError(f"{conversations[0]} stands beside other data; give one conversation file, or shards alone")
     if conversations and Path(conversations[0]).suffix not in YAML and arguments.images is None:
         raise DataError(f"{conversations[0]} holds paths of images; say with --images which folder they start from")
+    if not conversations and (arguments.images or arguments.importer != NATIVE):
+        raise DataError("--images and --importer are of conversation files, and shards hold their images; leave them out")
     count, problems, samples_of = (
         open_conversations(sources_of(conversations, arguments.images, arguments.importer))
         if conversations

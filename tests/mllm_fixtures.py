@@ -106,7 +106,7 @@ def recipe(folder: Path, **fields) -> dict:
     }
     if "model" not in fields:
         values["tower"] = str(folder / "clip")
-    else:
+    if "model" in fields or fields.get("llm"):
         for name in ("llm_preset", "llm_width", "llm_layers", "llm_heads", "vocab_size"):
             values.pop(name)
     return values | fields

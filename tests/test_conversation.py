@@ -63,6 +63,9 @@ def test_a_question_names_its_boxes_by_index_or_in_order():
     assert one == "Is [125, 375, 375, 625] in [000, 125, 999, 875]?"
     with pytest.raises(DataError, match="<region:1>.*1 boxes"):
         question_with_boxes("Is <region> in <region>?", boxes[:1], GEOMETRY, BoxCodec())
+    for question, number in (("What is this?", 0), ("What is <region>?", 1)):
+        with pytest.raises(DataError, match=f"does not name region {number} of the 2 that came with it"):
+            question_with_boxes(question, boxes, GEOMETRY, BoxCodec())
 
 
 @pytest.mark.parametrize("template", ["simple", "vicuna_v1", "plain"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,9 @@ def test_a_run_that_goes_on_from_an_adapter(world, tmp_path):
 def test_a_run_of_no_process_is_refused(world, tmp_path):
     with pytest.raises(DataError, match="processes is 0; give 1 or more"):
         dry_run(MllmConfig(**recipe(world, output=str(tmp_path))), processes=0)
+
+
+def test_the_number_of_processes_is_of_a_dry_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune_mllm.py", "r.yaml", "--processes", "8"])
+    with pytest.raises(DataError, match="--processes is of --dry-run alone"):
+        runpy.run_path("scripts/finetune_mllm.py")["main"]()

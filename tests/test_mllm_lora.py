@@ -19,7 +19,8 @@ from mllm.config import MllmConfig
 from mllm.model import build_mllm, part_of
 from mllm.training import train
 
-RATES = {"lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 1e-2, "projector_learning_rate": 3e-3}
+RATES = {"learning_rate": 1e-2, "projector_learning_rate": 3e-3}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def world(tmp_path_factory):
 
 def run(world, name: str, **fields):
     values = recipe(world, model=str(world / "base"), output=str(world / name), **RATES)
+    values |= LORA if any("lora" in part for part in fields["train"]) else {}
     return train(MllmConfig(**values | fields))
 
 
@@ -118,7 +120,7 @@ def test_resumed_equals_uninterrupted_bit_by_bit(world, fields, tmp_path, monkey
 @pytest.mark.parametrize("bits", [4, 8])
 def test_low_bits_are_near_full_precision_and_reload(world, bits, tmp_path):
     """What an evaluation loads gives the logits that training ended with; the quantised base is near the full one."""
-    fields = recipe(world, model=str(world / "base"), **RATES)
+    fields = recipe(world, model=str(world / "base"), **RATES, **LORA)
     low = build_mllm(MllmConfig(**fields | {"train": ["projector", "llm_lora"], "llm_bits": bits})).model
     kinds = {str(p.dtype) for n, p in low.named_parameters() if n.endswith("base_layer.weight")}
     assert kinds == {"torch.uint8" if bits == 4 else "torch.int8"} and low.lm_head.weight.dtype == torch.float32

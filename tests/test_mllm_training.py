@@ -210,6 +210,10 @@ def test_it_learns(world, tmp_path, capsys):
         ({"geometry": "center_crop"}, "cuts boxes off"),
         ({"schedule": "cosin"}, "schedule is 'cosin'; choose one of"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"warmup": 100}, "warmup is 100; give a share of the steps"),
+        ({"lora_rank": 64}, "lora_rank is 64, but train names neither llm_lora nor tower_lora, so nothing would read it"),
+        ({"lora_targets": ["q_proj"]}, "lora_targets is .* so nothing would read it"),
+        ({"model": "m", "tower": None, "llm_preset": None}, "vocab_size is 400, but llm_preset is not given"),
         ({"llm_width": 30}, "llm_width 30"),
         ({"learning_rate": 0}, "learning_rate and epochs"),
     ],
@@ -227,6 +231,12 @@ def test_recipes_are_read_with_flags_on_top(world, tmp_path):
     path.write_text(path.read_text() + "learning_rte: 1\n")
     with pytest.raises(DataError, match="recipe.yaml: field 'learning_rte' is not known; did you mean 'learning_rate'"):
         load_config(path, {})
+
+
+def test_the_log_goes_to_no_package_that_is_not_there(world, monkeypatch):
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="the package wandb is not installed"):
+        train(MllmConfig(**recipe(world, output=str(world / "w"), report_to="wandb")))
 
 
 def test_a_zero_file_that_is_not_there(world):

@@ -141,6 +141,8 @@ def test_points_and_masks_are_drawn_where_they_are(run, conversations):
         (["nowhere.json", "--images", "."], "nowhere.json"),
         (["nowhere.json", "a.tar"], "stands beside other data"),
         (["a.tar", "--samples", "0"], "at least 1"),
+        (["a.tar", "--images", "."], "shards hold their images"),
+        (["a.tar", "--importer", "llava"], "shards hold their images"),
     ],
 )
 def test_what_cannot_be_previewed(run, arguments, message, tmp_path):
