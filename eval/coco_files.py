@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from encoder.boxes import valid_boxes, xywh_to_xyxy
+from encoder.data.reader import IMAGE_ERRORS
 from encoder.data.sources.labelled import plain_name
 from encoder.errors import DataError
 
@@ -160,7 +161,7 @@ def check_images(named: dict[str, tuple[int, int]], folder: Path) -> None:
         except FileNotFoundError:
             missing.append(name)
             continue
-        except (UnidentifiedImageError, OSError) as error:
+        except IMAGE_ERRORS as error:
             raise DataError(f"{path} cannot be read as an image ({error}); download or write it again") from None
         if size != stated:
             raise DataError(

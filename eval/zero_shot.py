@@ -11,10 +11,11 @@ import random
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from encoder.data.reader import IMAGE_ERRORS
 from encoder.errors import DataError, run_main
 from eval.class_folders import ClassFolders, read_class_folders
 from eval.embedding import Embedder, add_run_flags, name_classifier, read_ahead, run_evaluation
@@ -121,7 +122,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (UnidentifiedImageError, OSError) as error:
+    except IMAGE_ERRORS as error:
         raise DataError(f"{path} cannot be read as an image ({error}); download it again, or remove it") from None
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from encoder.data.reader import IMAGE_ERRORS
 from encoder.errors import DataError
 from encoder.geometry import ANYRES, MODES, Geometry
 from encoder.pretrained import load_image_processor
@@ -95,7 +96,7 @@ def read_picture(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; check the folder of images") from None
-    except OSError as error:
+    except IMAGE_ERRORS as error:
         raise DataError(f"{path} cannot be decoded ({error}); replace it or drop its records") from error
 
 

@@ -164,6 +164,12 @@ def test_bad_files(world, tmp_path):
     (tmp_path / "truncated.png").write_bytes(b"")
     with pytest.raises(DataError, match="truncated.png cannot be decoded"):
         read_picture(tmp_path / "truncated.png")
+    Image.effect_noise((300, 300), 90).save(tmp_path / "chunk.png")  # of several chunks; Pillow says SyntaxError to a wrong one
+    data = (tmp_path / "chunk.png").read_bytes()
+    last = data.rindex(b"IDAT")
+    (tmp_path / "chunk.png").write_bytes(data[:last] + bytes(4) + data[last + 4 :])
+    with pytest.raises(DataError, match="chunk.png cannot be decoded .broken PNG"):
+        read_picture(tmp_path / "chunk.png")
     Image.new("RGB", (64, 64), (9, 8, 7)).save(tmp_path / "whole.png")
     _, path, tokenizer, _ = world
     with pytest.raises(DataError, match="folder of images .* does not exist"):
