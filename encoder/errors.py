@@ -16,9 +16,15 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except (DataError, *PATH_ERRORS) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from what was saved", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(code or 0)
+
+
+def _sentence(error: Exception) -> str:
+    """What was said where it was raised: out of a process that reads data it comes wrapped in that one's traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text

@@ -10,6 +10,7 @@ The same command again goes on from the last checkpoint.
 """
 
 import argparse
+import logging
 import os
 import sys
 
@@ -18,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "15")  # a log keeps every redraw of a progress bar
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not used
 
 from encoder.arguments import add_fields  # noqa: E402
 from encoder.errors import DataError, run_main  # noqa: E402
