@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from encoder.errors import DataError
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "check_conversations.py"
 
 
@@ -122,3 +124,23 @@ def test_pictures_outside_their_folder_are_named(run, world):
     absolute = [json.dumps(record(image=str(world / name))) for name in ("a.png", "inside/b.png")]
     (world / "c.jsonl").write_text("\n".join(absolute))
     assert run(world / "c.jsonl", "--images", "/")[0] == 0
+
+
+def test_what_is_good_is_written_in_our_form(run, world, tmp_path):
+    """A file of another project with what is gone left out: it trains by itself, and says the same of the same pictures."""
+    floats = record("[0.12, 0.34, 0.56, 0.70]", id=1) | {"regions": []}
+    kept = [floats, floats | {"id": 2}]
+    (world / "c.json").write_text(json.dumps([kept[0], floats | {"image": "gone.png"}, floats | {"image": "half.png"}, kept[1]]))
+    flags = ["--images", world, "--importer", "llava", "--good", tmp_path / "good.json"]
+    status, printed = run(world / "c.json", *flags, "--decode")
+    assert status == 1 and printed[-1] == f"2 good records, 2 problems, 2 pictures; the good ones are in {tmp_path / 'good.json'}"
+    good = json.loads((tmp_path / "good.json").read_text())
+    assert [each["id"] for each in good] == [1, 2] and not any(key.startswith("_") for each in good for key in each)
+    (region,) = good[0]["regions"]
+    above = (40 - 20) / 2  # of the padded square
+    assert region["box"] == pytest.approx([0.12 * 40, 0.34 * 40 - above, 0.56 * 40, 0.70 * 40 - above])
+    assert run(tmp_path / "good.json", "--images", world, "--decode")[0] == 0
+    with pytest.raises(DataError, match="good.json exists already"):
+        run(world / "c.json", *flags)
+    with pytest.raises(DataError, match="would hold records of 2 files"):
+        run(world / "c.json", world / "c.json", *flags[:-1], tmp_path / "other.json")
