@@ -70,7 +70,10 @@ class RegionConfig:
             raise self._error(
                 f"box_min_frequency {self.box_min_frequency} must lie between 0 and box_max_frequency {self.box_max_frequency}"
             )
-
+        if round(self.prompter_mlp_ratio * width) < 1:
+            raise self._error(f"prompter_mlp_ratio is {self.prompter_mlp_ratio}; the MLP needs at least one hidden unit")
+        if self.box_head_width is not None and self.box_head_width < 1:
+            raise self._error(f"box_head_width is {self.box_head_width}; give at least 1, or none for the tower's width")
         unused = [key for key, value in PROMPTER_ONLY.items() if getattr(self, key) != value]
         if self.region_encoder == "roi_align" and unused:
             raise self._error(

@@ -59,8 +59,8 @@ def read_open_clip_config(source: str | Path, given: str | Path | dict | None = 
         path = Path(given) if given is not None else (source.parent if source.is_file() else source) / CONFIG_FILE
         if not path.is_file():
             raise DataError(
-                f"{path} does not exist, and weights of open_clip alone do not say heads and activation; give "
-                "open_clip_config, the model's JSON of open_clip's model_configs"
+                f"{path} does not exist, and weights of open_clip alone do not say heads and activation; give the model's JSON "
+                "of open_clip's model_configs (scripts/convert_checkpoint.py --open-clip-config, from_clip(open_clip_config=...))"
             )
         try:
             given = json.loads(path.read_text())

@@ -51,6 +51,11 @@ class LossConfig:
             raise DataError(f"LossConfig.block_size is {self.block_size}; a block has at least one row")
         if self.grounding_norm not in GROUNDING_NORMS:
             raise DataError(f"LossConfig.grounding_norm is '{self.grounding_norm}'; choose one of {', '.join(GROUNDING_NORMS)}")
+        for name in ("region_loss_weight", "grounding_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DataError(f"LossConfig.{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 < self.max_logit_scale < math.inf:
+            raise DataError(f"LossConfig.max_logit_scale is {self.max_logit_scale}; a scale above 0 is needed, CLIP's is 100")
         if self.similar_text_threshold is not None and not 0 < self.similar_text_threshold <= 1:
             raise DataError(f"LossConfig.similar_text_threshold is {self.similar_text_threshold}; a cosine in (0, 1] is needed")
 

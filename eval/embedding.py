@@ -4,6 +4,7 @@ B images, T texts, E joint space, K classes.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +57,8 @@ def run_evaluation(
         *others, last = (f"--{flag}" for flag in flags)
         raise DataError(f"{', '.join(others)} and {last} are needed, unless --score-only is given")
     check_counts(args.limit, args.batch_size)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError("evaluations of an encoder run in one process; start it with python, without a launcher")
     folders = evaluate(args)
     for folder in folders:
         print(score_line(score_folder(folder)))

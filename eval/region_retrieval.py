@@ -56,8 +56,10 @@ def main() -> None:
 
 def evaluate(args: argparse.Namespace) -> list[Path]:
     """The folders of the answers in both directions."""
-    source = open_source(args)
     size = args.sample if args.sample is not None else 0 if args.data == "refcoco" else SAMPLE
+    if size < 0:
+        raise DataError(f"--sample is {size}; give a number of pictures, or 0 for all")
+    source = open_source(args)
     counts: Counter = Counter()
     sample = draw(counted(source.images, counts), size, args.seed)
     pictures = [picture_of(image, args.data, counts) for image in sample[: args.limit]]

@@ -131,6 +131,8 @@ def test_round_trip_through_autoconfig(tmp_path):
         ({"geometry": "center_crop"}, "geometry is 'center_crop'; choose one of pad, squash"),
         ({"box_min_frequency": 8.0, "box_max_frequency": 4.0}, "8.0 must lie between 0 and box_max_frequency 4.0"),
         ({"box_min_frequency": 0.0}, "box_min_frequency 0.0 must lie between"),
+        ({"prompter_mlp_ratio": 0.0}, "prompter_mlp_ratio is 0.0; the MLP needs at least one hidden unit"),
+        ({"box_head_width": 0}, "box_head_width is 0; give at least 1"),
         ({"vision_config": {"hidden_size": 30, "num_attention_heads": 2}}, "hidden_size is 30; box corners need a multiple of 4"),
     ],
 )

@@ -255,6 +255,9 @@ def test_contradictions_are_refused():
     for threshold in (0.0, 1.5, -1):
         with pytest.raises(DataError, match="similar_text_threshold is"):
             LossConfig(similar_text_threshold=threshold)
+    for name, value in (("max_logit_scale", 0.0), ("region_loss_weight", -1.0), ("grounding_loss_weight", math.inf)):
+        with pytest.raises(DataError, match=f"{name} is {value}"):
+            LossConfig(**{name: value})
 
 
 def test_sigmoid_needs_a_model_with_biases_and_softmax_leaves_them_alone():

@@ -106,6 +106,8 @@ def test_visual_genome_with_a_stock_clip_and_what_is_left_out(tiny_folder, tmp_p
     assert (tmp_path / "run/text_to_region/visual_genome/crop/predictions.jsonl").read_text() == written
     with pytest.raises(DataError, match="protocol.sample 2000, this run has 1"):
         evaluate(clip, tmp_path / "run", *common, "--feature", "crop", "--sample", 1)
+    with pytest.raises(DataError, match="--sample is -1; give a number of pictures, or 0 for all"):
+        evaluate(clip, tmp_path / "run", *common, "--feature", "crop", "--sample", -1)
 
 
 def test_draw_is_even_repeatable_and_keeps_all_on_request():

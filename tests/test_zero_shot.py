@@ -73,7 +73,7 @@ def test_classes_of_one_name_share_their_hits(tiny_folder, imagenet):
         assert prediction.place[0] in ((0, 6) if alone else (0, 1))
 
 
-def test_a_cut_run_goes_on_and_a_limit_is_said(tiny_folder, imagenet, capsys):
+def test_a_cut_run_goes_on_and_a_limit_is_said(tiny_folder, imagenet, capsys, monkeypatch):
     arguments = ["--names", imagenet / "names.json", "--templates", "name", "--limit", 9, "--batch-size", 4]
     evaluation = evaluate(tiny_folder, imagenet, *arguments)
     assert evaluation.protocol["completeness"] == "PARTIAL: 9 of 14"
@@ -85,6 +85,9 @@ def test_a_cut_run_goes_on_and_a_limit_is_said(tiny_folder, imagenet, capsys):
     assert "going on after 4 of 9" in capsys.readouterr().out and path.read_text() == whole
     with pytest.raises(DataError, match="--limit is 0; give at least 1"):
         evaluate(tiny_folder, imagenet, *arguments, "--limit", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match="evaluations of an encoder run in one process"):
+        evaluate(tiny_folder, imagenet, *arguments)
 
 
 def test_forms_of_the_names(imagenet):
