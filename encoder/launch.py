@@ -1,6 +1,7 @@
 """Who starts the processes of a run: a launcher that sets RANK (`deepspeed`, `torchrun`), SLURM's `srun`, or nobody."""
 
 import re
+import socket
 from collections.abc import Mapping
 
 
@@ -22,6 +23,16 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
         # The same on every task, and another for another job of the machine.
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 10_000),
     }
+
+
+def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same for the only process of a run, on a free port of this machine; {} where a launcher or SLURM set them."""
+    if "RANK" in environment:
+        return {}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def first_host(nodes: str) -> str:

@@ -24,7 +24,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kerne
 
 from encoder.arguments import add_fields  # noqa: E402
 from encoder.errors import DataError, run_main  # noqa: E402
-from encoder.launch import slurm_environment  # noqa: E402
+from encoder.launch import own_environment, slurm_environment  # noqa: E402
 from mllm.config import MllmConfig, load_config  # noqa: E402
 
 
@@ -53,6 +53,8 @@ def main() -> None:
 
         dry_run(config, 1 if processes is None else processes)
         return
+    if config.zero:  # DeepSpeed wants a group, also under plain python
+        os.environ |= own_environment(os.environ)
     train(config, launched=local_rank is not None)
 
 

@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import os
-import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from encoder.distributed import choose_backend, rank, world_size
 from encoder.engine import reshape_scalars
 from encoder.errors import run_main
 from encoder.export import export_clip
-from encoder.launch import slurm_environment
+from encoder.launch import own_environment, slurm_environment
 from encoder.losses import LossConfig
 from encoder.model import ADDED, ClocModel
 from encoder.optimizer import averaged_weights
@@ -50,13 +49,7 @@ def parse_arguments() -> tuple[PretrainConfig, LossConfig]:
 def start_process_group() -> None:
     """Joins the group of the launcher or of SLURM; under plain `python`, makes one of its own on a free port of this machine."""
     os.environ |= slurm_environment(os.environ)
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {
-            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+    os.environ |= own_environment(os.environ)
     deepspeed.init_distributed(choose_backend(), verbose=False)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from encoder.launch import first_host, slurm_environment
+from encoder.launch import first_host, own_environment, slurm_environment
 
 TASK = {
     "SLURM_JOB_ID": "123456", "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "16",
@@ -29,6 +29,12 @@ def test_other_launchers_and_the_batch_script_itself_are_left_alone():
     assert slurm_environment({**TASK, "RANK": "0", "WORLD_SIZE": "2"}) == {}  # torchrun or deepspeed within a task
     assert slurm_environment({key: value for key, value in TASK.items() if "STEP" not in key}) == {}
     assert slurm_environment({}) == {}
+
+
+def test_the_only_process_is_a_group_of_its_own():
+    own = own_environment({"HOME": "/"})
+    assert (own["RANK"], own["WORLD_SIZE"], own["MASTER_ADDR"]) == ("0", "1", "127.0.0.1") and int(own["MASTER_PORT"]) > 1023
+    assert own_environment({"RANK": "3"}) == {}
 
 
 @pytest.mark.parametrize(

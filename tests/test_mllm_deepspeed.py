@@ -82,6 +82,13 @@ def test_two_processes_give_the_loss_curve_of_one(world, one_process, stage, pre
         torch.testing.assert_close(two[key], value, rtol=0.01, atol=moved, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_plain_python_takes_a_zero_file(world, one_process):
+    """As every published recipe names one, and a single GPU needs no launcher."""
+    zero = {"zero": "scripts/deepspeed/zero2.json", "precision": "fp32"}
+    losses, _ = launch(world, "plain", [sys.executable], batch_size=4, **zero)
+    torch.testing.assert_close(losses, one_process["fp32"][0], rtol=2e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("geometry", ["pad", "anyres"])
 def test_ranks_without_regions_under_zero3_give_the_loss_curve_of_one_process(world, tiny_folder, geometry):
     """Region tokens with Prompter and tower learning, on squares and on tiles: every process runs them in every step, regions
