@@ -89,14 +89,18 @@ def around_point(point: Sequence[float], width: int, height: int) -> Region:
 
 
 def as_region(value: Region | dict | Sequence[float], where: str, geometry: Geometry) -> Region:
-    """What a caller gives for a region: a `Region`, a record's object, or the four numbers of a box, not checked."""
+    """What a caller gives for a region: a `Region`, a record's object, or a box's four numbers, which may leave the picture."""
     if isinstance(value, Region):
         return value
     if isinstance(value, dict):
         return parse_region(value, where, geometry.width, geometry.height)
-    if len(value) != 4:
+    try:
+        x1, y1, x2, y2 = box = tuple(map(float, value))
+    except (TypeError, ValueError):
+        box = ()
+    if not box or not all(map(isfinite, box)) or x1 > x2 or y1 > y2:
         raise DataError(f"{where} is {_shown(value)}; give a box x1, y1, x2, y2 in pixels, or an object with box, point or mask")
-    return Region(tuple(map(float, value)))
+    return Region(box)
 
 
 def _mask(value, where: str, width: int, height: int) -> Region:

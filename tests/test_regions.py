@@ -13,7 +13,7 @@ from encoder.geometry import Geometry
 from mllm.box_text import BoxCodec
 from mllm.conversation import messages_of, question_with_boxes, regions_named
 from mllm.records import check_record, read_records
-from mllm.regions import RegionTable, parse_region
+from mllm.regions import RegionTable, as_region, parse_region
 
 WIDTH, HEIGHT = 40, 20
 GEOMETRY = Geometry("pad", WIDTH, HEIGHT, 40)
@@ -90,6 +90,13 @@ def test_a_conversation_of_all_kinds(images):
 def test_bad_regions_are_named_with_file_and_key(images, region, message):
     with pytest.raises(DataError, match=f"a.json, id x: {message}" if message.startswith("regions") else message):
         check_record(record_with([region]), images)
+
+
+@pytest.mark.parametrize("value", [(20, 4, 4, 20), (4, 20, 20, 4), (float("nan"), 4, 20, 20), ("a", 4, 20, 20), (1, 2, 3), 7])
+def test_what_a_caller_gives_for_a_box_must_be_one(value):
+    with pytest.raises(DataError, match="question 'q', region 0 is .*; give a box x1, y1, x2, y2 in pixels"):
+        as_region(value, "question 'q', region 0", GEOMETRY)
+    assert as_region([-5, 4, 400, 4], "r", GEOMETRY).box == (-5.0, 4.0, 400.0, 4.0)
 
 
 def test_a_point_is_no_answer_and_regions_need_their_picture(images):
