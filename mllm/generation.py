@@ -68,6 +68,12 @@ class GroundingModel:
         # Questions on one picture lie side by side: few prefixes in a batch.
         first = {id(image): i for i, image in reversed(list(enumerate(images)))}
         prefixes = [(prompts[i][0], self.num_image_tokens(image)) for i, image in enumerate(images)]
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        for (start, num_marks), (_, end), question in zip(prefixes, prompts, questions, strict=True):
+            if limit is not None and (length := len(start) - 1 + num_marks + len(end)) > limit:
+                raise DataError(
+                    f"question '{question[:60]}' has {length} tokens with its picture, the language model reads {limit}; cut it"
+                )
         order = sorted(range(len(prompts)), key=lambda i: (prefixes[i], first[id(images[i])], len(prompts[i][1]), i))
         answers: list[str] = [""] * len(prompts)
         with tqdm(total=len(prompts), desc="answers", disable=not progress, unit="answer") as bar:

@@ -149,3 +149,10 @@ def test_a_question_without_its_box_is_refused(asked):
     with pytest.raises(DataError, match="holds the mark <image>"):
         model.generate(images[:1], ["What is <image>?"], progress=False)
     assert model.generate([], [], [], progress=False) == []
+
+
+def test_a_question_that_is_too_long_is_refused(asked):
+    model, images, _, _ = asked
+    limit = model.model.config.text_config.max_position_embeddings
+    with pytest.raises(DataError, match=f"question 'Where .* tokens with its picture, the language model reads {limit}; cut it"):
+        model.generate(images[:1], ["Where is the square? " * limit], progress=False)
