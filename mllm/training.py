@@ -26,7 +26,7 @@ from mllm.region_features import cache_region_features, measure_region_features
 from mllm.settings import SETTINGS_FILE
 from mllm.trainer import MllmTrainer
 
-RUN_FILE = "run.json"
+RUN_FILE, PROCESSES = "run.json", "processes"
 # What `deepspeed scripts/finetune_mllm.py` runs on when the recipe names no ZeRO file.
 DEFAULT_ZERO = {
     "train_batch_size": "auto",
@@ -51,6 +51,8 @@ def train(config: MllmConfig, launched: bool = False) -> Path:
     if (output / SETTINGS_FILE).is_file():
         _say(f"{output} is finished; nothing to do")
         return output
+    if checkpoint:
+        _check_processes(output)
     zero = _zero_config(config, launched)
     mllm = build_mllm(config, torch.bfloat16 if zero and config.precision == "bf16" and not config.llm_preset else torch.float32)
     dataset, val_dataset = (read_dataset(config, mllm, data) for data in (config.data, config.val_data))
@@ -61,7 +63,7 @@ def train(config: MllmConfig, launched: bool = False) -> Path:
     if rank() == 0:
         _describe(config, mllm, dataset)
         output.mkdir(parents=True, exist_ok=True)
-        (output / RUN_FILE).write_text(json.dumps(config.identity(), indent=2) + "\n")
+        (output / RUN_FILE).write_text(json.dumps(config.identity() | {PROCESSES: world_size()}, indent=2) + "\n")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(config, mllm, trainer, tower, output)
     return output
@@ -93,6 +95,17 @@ def _prepare_output(config: MllmConfig, output: Path) -> Path | None:
     if world_size() > 1:
         torch.distributed.barrier()
     return checkpoint
+
+
+def _check_processes(output: Path) -> None:
+    """Refuses another number of processes: steps would have other rows, and ZeRO cuts the optimizer in as many parts."""
+    path = output / RUN_FILE
+    before = json.loads(path.read_text()).get(PROCESSES) if path.is_file() else None  # runs of before do not say
+    if before not in (None, world_size()):
+        raise DataError(
+            f"{path}: the checkpoints here are of processes = {before}, this run has {world_size()}; start as many, "
+            "choose another output, or pass --resume never to start over"
+        )
 
 
 def _zero_config(config: MllmConfig, launched: bool) -> dict | None:

@@ -91,6 +91,18 @@ def test_a_checkpoint_of_another_configuration_is_refused(world, uninterrupted):
         train(MllmConfig(**recipe(world, output=str(uninterrupted), learning_rate=0.5)))
 
 
+def test_another_number_of_processes_is_refused_until_it_is_finished(world, uninterrupted, tmp_path):
+    output = shutil.copytree(uninterrupted, tmp_path / "run")
+    saved = json.loads((output / "run.json").read_text())
+    assert saved["processes"] == 1
+    (output / "run.json").write_text(json.dumps(saved | {"processes": 2}))
+    fields = recipe(world, output=str(output), report_to="tensorboard")
+    assert train(MllmConfig(**fields)) == output
+    (output / "grounding.json").unlink()
+    with pytest.raises(DataError, match="run.json: the checkpoints here are of processes = 2, this run has 1; start as many"):
+        train(MllmConfig(**fields))
+
+
 def test_cached_features_give_the_loss_and_the_gradients_of_the_tower_itself(world, tmp_path):
     mllm = build_mllm(MllmConfig(**recipe(world)))
     dataset = training.read_dataset(MllmConfig(**recipe(world)), mllm, [str(world / "conversations_0.json")])
