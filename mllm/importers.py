@@ -11,10 +11,13 @@ by the training's own codec and geometry. A coordinate that was rounded down to 
           thousandths of width and height (arXiv 2310.07704)
 `qwen`    `<ref>a dog</ref><box>(12,345),(678,999)</box>`, thousandths of width and height; pictures as `<img>path</img>`
           in the text (Qwen-VL, arXiv 2308.12966)
+`qwen2_5` {"bbox_2d": [12, 34, 567, 789]} and {"point_2d": [12, 34]} in the text, pixels of the picture (Qwen2.5-VL)
+`qwen3`   the same, thousandths of width and height, rounded to the nearest (Qwen2-VL, Qwen3-VL)
 """
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -232,4 +235,42 @@ def qwen(record: dict, size_of: SizeOf) -> dict:
     return imported.done(turns, **({"images": names} if names else {}))
 
 
-IMPORTERS = {NATIVE: conversations, "llava": llava, "shikra": shikra, "ferret": ferret, "qwen": qwen}
+_NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
+_KEYED_START = re.compile(r"[\"'](?:bbox|point)_2d[\"']")
+_KEYED = re.compile(rf"([\"'](bbox|point)_2d[\"']\s*:\s*)\[{_NUMBER},{_NUMBER}(?:,{_NUMBER},{_NUMBER})?\]")
+
+
+def _keyed(record: dict, size_of: SizeOf, thousandths: bool) -> dict:
+    """Boxes and points that a JSON key names in the text; the rest of the JSON stays as it is."""
+    if not _sound(record):
+        return record
+    imported = _open(record, size_of)
+
+    def word(match: re.Match, turn: dict) -> str:
+        kind, numbers = match[2], [float(n) for n in match.groups()[2:] if n is not None]
+        if len(numbers) != {"bbox": 4, "point": 2}[kind]:
+            raise DataError(f"'{match[0]}' has {len(numbers)} numbers; a bbox_2d has 4, a point_2d 2")
+        if imported.size is None:
+            raise DataError(f"'{match[0]}' stands in a record that has not one picture; split it")
+        if thousandths:
+            if max(numbers) > 1000:
+                raise DataError(f"'{match[0]}' has {max(numbers):g} thousandths; is it in pixels, for the importer qwen2_5?")
+            numbers = [n * side / 1000 for n, side in zip(numbers, imported.size * 2, strict=False)]
+        return match[1] + imported.mark({"box" if kind == "bbox" else "point": numbers}, turn)
+
+    turns = []
+    for turn in record["conversations"]:
+        text = _replace(turn["value"], _KEYED_START, _KEYED, partial(word, turn=turn), '"bbox_2d": [12, 34, 567, 789]')
+        turns.append(turn | {"value": text})
+    return imported.done(turns)
+
+
+IMPORTERS = {
+    NATIVE: conversations,
+    "llava": llava,
+    "shikra": shikra,
+    "ferret": ferret,
+    "qwen": qwen,
+    "qwen2_5": partial(_keyed, thousandths=False),
+    "qwen3": partial(_keyed, thousandths=True),
+}

@@ -1,6 +1,7 @@
 """Other projects' conversation files: fixtures in each official format, pixel boxes there and back, bad boxes named."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -55,12 +56,22 @@ def as_qwen(box, width, height):
     return f"<box>({x1},{y1}),({x2},{y2})</box>"
 
 
+def as_qwen2_5(box, width, height):
+    return json.dumps({"bbox_2d": [round(c) for c in box], "label": "dog"})
+
+
+def as_qwen3(box, width, height):
+    return json.dumps({"bbox_2d": [round(c * 1000 / side) for c, side in zip(box, (width, height) * 2, strict=True)]})
+
+
 # importer -> how it writes, furthest a coordinate may move (parts of the longer side), codec and geometry that write the same
 FORMATS = {
     "llava": (as_llava, 0.005, "float2", "pad"),
     "shikra": (as_shikra, 0.0005, "float3", "pad"),
     "ferret": (as_ferret, 0.0005, "int1000", "squash"),
     "qwen": (as_qwen, 0.0005, None, None),
+    "qwen2_5": (as_qwen2_5, 0.005, None, None),  # a pixel is a hundredth of the smallest picture
+    "qwen3": (as_qwen3, 0.0005, None, None),
 }
 
 
@@ -84,6 +95,8 @@ def test_boxes_written_out_come_back_in_pixels(pictures, importer, name):
             }
         found = imported(importer, record, pictures)
         values = [turn["value"] for turn in found["conversations"]]
+        if importer.startswith("qwen") and importer != "qwen":
+            values = [re.sub(r'\{"bbox_2d": (<\w+:\d>)(, "label": "dog")?\}', r"\1", value) for value in values]
         assert values == ["<image>\nWhat is <region:0>?", "A dog <box:1>."]
         boxes = np.array([region["box"] for region in found["regions"]])
         # An edge in the padding's last half step is moved to the picture's border, which is nearer to the truth.
@@ -175,6 +188,22 @@ def test_qwens_pictures_and_phrases(pictures):
     assert "images" not in imported("qwen", {"conversations": text}, pictures)
 
 
+def test_qwens_json_keeps_its_labels_and_asks_by_points(pictures):
+    said = '```json\n[\n  {"bbox_2d": [64, 42.7, 320, 427], "label": "dog"},\n  {\'bbox_2d\': [0,0,640,427]}\n]\n```'
+    turns = [{"from": "human", "value": '<image>\nWhat is at {"point_2d": [500, 250]}?'}, {"from": "gpt", "value": said}]
+    for importer, box, point in (("qwen2_5", [64, 42.7, 320, 427], [500, 250]), ("qwen3", None, [320, 106.75])):
+        known = [dict(turn) for turn in turns]
+        if importer == "qwen3":
+            known[1]["value"] = said.replace("640,427", "1000,1000")
+            box = [0.064 * 640, 0.0427 * 427, 0.32 * 640, 0.427 * 427]
+        found = imported(importer, {"image": "wide.png", "conversations": known}, pictures)
+        assert found["conversations"][0]["value"] == '<image>\nWhat is at {"point_2d": <region:0>}?'
+        expected = '```json\n[\n  {"bbox_2d": <box:1>, "label": "dog"},\n  {\'bbox_2d\': <box:2>}\n]\n```'
+        assert found["conversations"][1]["value"] == expected
+        assert found["regions"][0]["point"] == pytest.approx(point) and found["regions"][1]["box"] == pytest.approx(box)
+        assert found["regions"][2]["box"] == pytest.approx([0, 0, 640, 427])
+
+
 def test_thin_boxes_and_text_that_is_no_box(pictures):
     turns = [
         {"from": "human", "value": "<image>\nWhere is the pole? Not [1, 2, 3, 4] or [a]."},
@@ -203,6 +232,11 @@ def test_thin_boxes_and_text_that_is_no_box(pictures):
         ("ferret", "[10, 20]", r"the point \[.*\] stands in an answer"),
         ("qwen", "<box>(10,20),(30)</box>", "begins like a box and is none"),
         ("qwen", "<quad>(1,2),(3,4),(5,6),(7,8)</quad>", "begins like a box and is none"),
+        ("qwen2_5", '{"bbox_2d": [1, 2, 3]}', "begins like a box and is none"),
+        ("qwen2_5", '{"bbox_2d": [1, 2]}', "has 2 numbers; a bbox_2d has 4, a point_2d 2"),
+        ("qwen2_5", '{"bbox_2d": [1, 2, 900, 400]}', "leaves the 640x427 picture"),
+        ("qwen3", '{"bbox_2d": [1, 2, 1001, 400]}', "has 1001 thousandths; is it in pixels"),
+        ("qwen3", '{"point_2d": [1, 2]}', r"the point \[.*\] stands in an answer"),
     ],
 )
 def test_a_box_that_cannot_be_read_is_named_by_file_and_record(pictures, tmp_path, importer, said, message):
