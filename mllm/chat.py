@@ -95,6 +95,10 @@ class GroundingChat:
         progress: bool = False,
     ) -> list[Answer]:
         """One answer per picture and question, in their order; the same picture object for several questions is run once."""
+        counts = {"pictures": len(images), "questions": len(questions)} | ({} if regions is None else {"regions": len(regions)})
+        if len(set(counts.values())) > 1 or batch_size < 1:
+            seen = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise DataError(f"ask_many was given {seen}, batch_size {batch_size}; give as many of each, and batches of 1 or more")
         regions = [list(boxes) for boxes in regions] if regions is not None else None
         texts = self.model.generate(list(images), list(questions), regions, batch_size, max_new_tokens, progress)
         return [self.read(*item) for item in zip(texts, questions, images, strict=True)]

@@ -88,7 +88,7 @@ class MllmTrainer(Trainer):
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint's weights, trained parts only, by the model's own names; DeepSpeed writes its own beside."""
+        """A checkpoint's weights, trained parts only, by the model's own names; DeepSpeed writes its own, of all parts."""
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             if not self.is_deepspeed_enabled:

@@ -72,6 +72,9 @@ def machine() -> list[Row]:
                 rows.append((f"gpu {number}", f"{name}, {total / GIB:.0f} GiB", f"{free / GIB:.0f} GiB free"))
     for tool, need in (("c++", "torch.compile on a CPU, DeepSpeed's operators"), ("ninja", "DeepSpeed's operators")):
         rows.append((tool, shutil.which(tool) or "missing", f"for {need}"))
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    for lock in sorted(built.rglob("lock")):  # whoever needs that operator waits for it, for ever and without a word
+        rows.append(("build lock", str(lock), "of an operator that is being built; remove it where that was cut off"))
     disk = shutil.disk_usage(".")
     rows.append(("disk here", f"{disk.free / GIB:.0f} GiB free of {disk.total / GIB:.0f}", ""))
     return rows

@@ -61,6 +61,8 @@ def naive(model: GroundingModel, image: Image.Image, messages: list[dict], max_n
 def test_forty_answers_are_the_same_one_by_one_in_batches_and_as_a_stream(chat, asked):
     images, questions, regions = asked
     alone = chat.ask_many(images, questions, regions, batch_size=1, max_new_tokens=24)
+    with pytest.raises(DataError, match=f"{len(images)} pictures, {len(images) - 1} questions, .* as many of each"):
+        chat.ask_many(images, questions[1:], regions)
     assert len(alone) == 40 and len({answer.text for answer in alone}) > 10
     assert chat.ask_many(images, questions, regions, batch_size=8, max_new_tokens=24) == alone
     for image, question, boxes, answer in list(zip(images, questions, regions, alone, strict=True))[:12]:

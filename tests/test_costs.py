@@ -102,9 +102,14 @@ def test_the_doctor_on_a_recipe(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("preset: tiny\nbatch_size: 64\nsteps: 1000\nwarmup_steps: 10\nvocab_size: 96\n")
     flags = ("--processes", "4", "--micro_batch_size", "8", "--tflops", "0.001", "--memory", "0.001")
+    lock = tmp_path / "built" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     code, table, _ = run_doctor(monkeypatch, capsys, str(recipe), *flags)
     assert code == 0 and table["python"].startswith(sys.version.split()[0]) and table["torch"].startswith(torch.__version__)
     assert {"c++", "ninja", "transformers", "deepspeed", "core packages", "extra 'eval'"} <= table.keys()
+    assert table["build lock"].startswith(str(lock))
     assert "cores" in table["cpu"] and "free of" in table["disk here"]
     count = sum(parameter.numel() for parameter in ClocModel(PRESETS["tiny"](vocab_size=96)).parameters())
     assert table["model"].startswith(f"{count / 1e6:,.2f} M parameters")
