@@ -39,11 +39,10 @@ VARIANTS: dict[str, dict] = {
     "boxes_1": {"max_boxes": 1},
     "boxes_2": {"max_boxes": 2},
     "joint": {"box_token": "joint"},
-    "l1_giou": {"grounding_norm": "l1_giou"},
+    "mse": {"grounding_norm": "mse"},
     "shared_prompter": {"prompter_shared": True},
     "own_temperature": {"region_temperature": "own"},
     "from_clip": {"init": "clip"},
-    "l1_giou_joint": {"grounding_norm": "l1_giou", "box_token": "joint"},
     "grounding_10": {"grounding_loss_weight": 10.0},
 }
 

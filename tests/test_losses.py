@@ -62,7 +62,7 @@ def make_output(seed: int = 0, own: bool = False, biases: bool = False):
         leaves |= {"logit_bias": torch.tensor(-1.5), "region_logit_bias": torch.tensor(-2.5)}
     leaves = {key: value.requires_grad_() for key, value in leaves.items()}
     output = ClocOutput(**{"region_logit_scale": leaves["logit_scale"], **leaves})
-    return leaves, output, torch.rand(R, 4, generator=generator)
+    return leaves, output, torch.rand(R, 2, 2, generator=generator).sort(dim=1).values.reshape(R, 4)
 
 
 def naive_sigmoid(a, b, scale, bias, threshold=None):
@@ -90,9 +90,9 @@ def naive_total(leaves, boxes, config: LossConfig):
         region = naive_sigmoid(x["region_feat"], texts, region_scale, x["region_logit_bias"], threshold)
     grounding = 0.0
     for predicted, box in zip(x["predicted_boxes"], boxes.double(), strict=True):
-        squared = sum((predicted[k] - box[k]) ** 2 for k in range(4))
-        grounding = grounding + (squared if config.grounding_norm == "mse" else squared.sqrt())
-    grounding = grounding / (4 * len(boxes))
+        squared = sum((predicted[k] - box[k]) ** 2 for k in range(4)) / 4
+        by_norm = {"mse": squared, "l2": squared.sqrt() / 2, "l1_giou": naive_l1_giou(predicted, box)}
+        grounding = grounding + by_norm[config.grounding_norm] / len(boxes)
     coverage = len(set(IMAGE_INDEX.tolist())) / B if config.label_coverage else 1.0
     weighted = config.region_loss_weight * region + config.grounding_loss_weight * grounding
     return clip + coverage * weighted, {"clip": clip, "region": region, "grounding": grounding, "masked": masked}
@@ -105,6 +105,7 @@ def naive_total(leaves, boxes, config: LossConfig):
         (LossConfig(), True),
         (LossConfig(similar_text_threshold=None), False),
         (LossConfig(label_coverage=False, region_loss_weight=0.7, grounding_loss_weight=3.0), False),
+        (LossConfig(grounding_norm="mse"), False),
         (LossConfig(grounding_norm="l2", similar_text_threshold=0.3), True),
         (LossConfig(block_size=2), False),
         (LossConfig(contrastive="sigmoid"), False),
@@ -115,6 +116,7 @@ def naive_total(leaves, boxes, config: LossConfig):
         "own temperature",
         "no filter",
         "weights",
+        "mse",
         "l2 and a strong filter",
         "blocks",
         "sigmoid",
