@@ -1,6 +1,7 @@
 """MLLMs on pictures in tiles: a stock LlavaNext in training, on disk and in answers, against transformers' own."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -138,8 +139,9 @@ def test_training_learns_the_samples_and_moves_every_part(world, trained, pictur
     ]
     grounding = GroundingModel.from_pretrained(trained)
     images = [read_picture(world / "images" / record["image"]) for record, _, _ in asked]
-    questions = [turn["value"].removeprefix("<image>\n") for _, turn, _ in asked]
-    boxes = [[region["box"] for region in record["regions"]] for record, _, _ in asked]
+    named = re.compile(r"<region:(\d)>")
+    questions = [named.sub("<region>", turn["value"].removeprefix("<image>\n")) for _, turn, _ in asked]
+    boxes = [[record["regions"][int(n)]["box"] for n in named.findall(turn["value"])] for record, turn, _ in asked]
     answers = grounding.generate(images, questions, boxes, progress=False)
     for (record, _, expected), answer, image in zip(asked, answers, images, strict=True):
         if expected.startswith("<box"):
