@@ -13,7 +13,6 @@ import argparse
 import logging
 import math
 import os
-import socket
 from pathlib import Path
 
 import deepspeed
@@ -28,6 +27,7 @@ from encoder.config import PRESETS, ClocConfig
 from encoder.distributed import choose_backend
 from encoder.engine import make_engine
 from encoder.errors import DataError, run_main
+from encoder.launch import own_environment
 from encoder.losses import LossConfig
 from encoder.model import ADDED, ClocModel
 from encoder.pretraining import train_step
@@ -128,10 +128,7 @@ def make_steps(config: PretrainConfig, batch: dict[str, Tensor], device: torch.d
 
 def start_process_group() -> None:
     """A group of this process alone, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= own_environment({})
     deepspeed.init_distributed(choose_backend(), verbose=False)
 
 
