@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, CLIPModel
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
+from encoder.activation import fuse_quick_gelu
 from encoder.config import ClocConfig, RegionConfig
 from encoder.errors import DataError
 from encoder.prompter import BoxHead, BoxInput, Prompter, PromptLayer, sinusoids
@@ -80,6 +81,7 @@ class RegionEncoder:
             copy = nn.Parameter(shared.detach().clone()) if needed and shared is not None else None
             self.register_parameter(f"region_{name}", copy)
         self.box_head = BoxHead(config) if prompts else None
+        fuse_quick_gelu(self)
         self.post_init()
 
     @classmethod

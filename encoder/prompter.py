@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from encoder.activation import fuse_quick_gelu
 from encoder.config import RegionConfig
 from encoder.precision import upcast
 
@@ -31,6 +32,14 @@ def sinusoids(coordinates: Tensor, width: int, min_frequency: float, max_frequen
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
+class Projection(nn.Linear):
+    """A linear layer Wx + b that can also go to the other side of a dot product, in its forward for ZeRO-3's sake."""
+
+    def forward(self, values: Tensor, dual: bool = False):
+        """(..., I) -> Wx + b, (..., O); if `dual`, (..., O) -> qW, (..., I), and q.b, (..., 1): q.(Wx + b) = (qW).x + q.b."""
+        return (values @ self.weight, values @ self.bias[:, None]) if dual else super().forward(values)
+
+
 class PromptLayer(GradientCheckpointingLayer):
     """A pre-LN, single-head CLIP encoder layer over [prompt tokens, image tokens], factored over the prompts of an image."""
 
@@ -39,21 +48,19 @@ class PromptLayer(GradientCheckpointingLayer):
         vision = config.vision_config
         width, self.scale = vision.hidden_size, vision.hidden_size**-0.5
         self.layer_norm1 = nn.LayerNorm(width, eps=vision.layer_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj = Projection(width, width), Projection(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.layer_norm2 = nn.LayerNorm(width, eps=vision.layer_norm_eps)
         hidden = round(config.prompter_mlp_ratio * width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.activation = ACT2FN[vision.hidden_act]
+        fuse_quick_gelu(self)
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.fc2(self.activation(self.fc1(self.layer_norm2(hidden))))
 
     def forward(self, prompts_RPD: Tensor, tokens_BND: Tensor, image_index_R: Tensor, with_image: bool):
         """Prompt tokens after the layer (R, P, D) and, if `with_image`, each region's image tokens (R, N, D), else None."""
-        image_BND = self.layer_norm1(tokens_BND)
-        key_BND, value_BND = self.k_proj(image_BND), self.v_proj(image_BND)
-        prompt_RPD = self.layer_norm1(prompts_RPD)
-        query_RPD, key_RPD, value_RPD = self.q_proj(prompt_RPD), self.k_proj(prompt_RPD), self.v_proj(prompt_RPD)
 
         def of_regions(image_BNX: Tensor) -> Tensor:
             """Each region's image, (R, N, X). A single image is not copied; the gradient of a copy adds whole rows."""
@@ -61,23 +68,30 @@ class PromptLayer(GradientCheckpointingLayer):
                 return image_BNX.expand(len(image_index_R), -1, -1)
             return image_BNX.index_select(0, image_index_R)
 
-        logits_RPK = torch.cat([query_RPD @ key.transpose(1, 2) for key in (key_RPD, of_regions(key_BND))], dim=-1)
-        weights_RPK = upcast(self.scale * logits_RPK).softmax(-1).to(value_BND.dtype)
+        # Each region needs its image's keys, values and queries. Their projections are moved to the prompts' side, which is
+        # a few tokens: q.(Wx + b) = (qW).x + q.b, and a mixture of values is the value of the mixture, as weights sum to 1.
+        prompt_RPD = self.layer_norm1(prompts_RPD)
+        query_RPD, bias_RP1 = self.k_proj(self.q_proj(prompt_RPD), dual=True)
+        image_BND = self.layer_norm1(tokens_BND).to(query_RPD.dtype)
+        image_RND = of_regions(image_BND)
+        logits_RPK = torch.cat([query_RPD @ keys.transpose(1, 2) for keys in (prompt_RPD, image_RND)], dim=-1) + bias_RP1
+        weights_RPK = upcast(self.scale * logits_RPK).softmax(-1).to(query_RPD.dtype)
         weights_RPP, weights_RPN = weights_RPK.tensor_split([prompts_RPD.shape[1]], dim=-1)
-        attended_RPD = weights_RPP @ value_RPD + weights_RPN @ of_regions(value_BND)
+        attended_RPD = self.v_proj(weights_RPP @ prompt_RPD + weights_RPN @ image_RND)
         prompts_RPD = self._feed_forward(prompts_RPD + self.out_proj(attended_RPD))
         if not with_image:
             return prompts_RPD, None
 
-        query_BND = self.q_proj(image_BND)
+        query_BND, key_BND, value_BND = self.q_proj(image_BND), self.k_proj(image_BND), self.v_proj(image_BND)
         logits_BNN = upcast(self.scale * query_BND @ key_BND.transpose(1, 2))
         attended_BND = logits_BNN.softmax(-1).to(value_BND.dtype) @ value_BND
-        logits_RNP = upcast(self.scale * of_regions(query_BND) @ key_RPD.transpose(1, 2))
+        key_RPD, bias_RP1 = self.q_proj(self.k_proj(prompt_RPD), dual=True)
+        logits_RNP = upcast(self.scale * (key_RPD @ image_RND.transpose(1, 2) + bias_RP1)).transpose(1, 2)
         # The joint softmax over [prompts, image] is one over P + 1 items: the prompts, and the image as a whole.
         joint_RNQ = torch.cat([logits_RNP, of_regions(logits_BNN.logsumexp(-1, keepdim=True))], dim=-1)
         weights_RNQ = joint_RNQ.softmax(-1).to(value_BND.dtype)
         # Weights sum to 1, so the projection of a mixture is the mixture of projections: one per image, not per prompt.
-        mixed_RND = weights_RNQ[..., :-1] @ self.out_proj(value_RPD)
+        mixed_RND = weights_RNQ[..., :-1] @ self.out_proj(self.v_proj(prompt_RPD))
         mixed_RND = torch.addcmul(mixed_RND, weights_RNQ[..., -1:], of_regions(self.out_proj(attended_BND)))
         return prompts_RPD, self._feed_forward(of_regions(tokens_BND) + mixed_RND)
 
@@ -133,8 +147,9 @@ class Prompter(nn.Module):
             tokens_BND = tokens_BND[:, self.config.num_class_tokens :]
         readout_mean = self.config.prompter_readout == "mean"
         prompts_RPD, image_RND = self.layer(prompts_RPD, tokens_BND, image_index_R, with_image=readout_mean)
-        pooled_RKD = torch.cat([prompts_RPD, image_RND], dim=1) if readout_mean else prompts_RPD
-        return self.projection(self.layer_norm(pooled_RKD).mean(dim=1))
+        read = (prompts_RPD, image_RND) if readout_mean else (prompts_RPD,)
+        summed_RD = sum(self.layer_norm(read_RKD).sum(dim=1) for read_RKD in read)
+        return self.projection(summed_RD / sum(read_RKD.shape[1] for read_RKD in read))
 
     def box_prompts(self, boxes_R4: Tensor) -> Tensor:
         """Boxes (R, 4), xyxy in [0, 1] of the square input -> prompt tokens (R, 2, D): top-left, bottom-right.

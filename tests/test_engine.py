@@ -1,6 +1,9 @@
 """Compiled and recomputed layers give the loss and the gradient of plain ones."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,3 +84,20 @@ def test_without_a_compiler_it_says_so_and_goes_on(tiny_model, batch, monkeypatc
     line = capsys.readouterr().out
     assert line.startswith("compile: torch.compile does not work here (") and line.count("\n") == 1
     assert "goes on without it" in line and torch.isfinite(loss_and_gradients(tiny_model, batch)[0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of glibc")
+def test_a_large_tensor_takes_the_memory_of_the_one_before_it():
+    """64 MB are 16,384 pages of 4 KB, each a fault where they are new; in a process of its own, whose malloc it sets."""
+    code = """
+import resource, torch
+from encoder.engine import reuse_large_blocks
+reuse_large_blocks()
+for _ in range(3):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output.split()[-1]) < 1000
