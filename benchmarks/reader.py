@@ -24,11 +24,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from encoder.config import b16
+from encoder.costs import encoder_cost, meta_encoder
 from encoder.data.batches import RegionBatches
 from encoder.data.cache import ShardCache
 from encoder.data.reader import RegionDataset
 from encoder.errors import run_main
+from encoder.losses import LossConfig
+from encoder.pretraining_config import PretrainConfig
 from encoder.processor import OPENAI_MEAN, OPENAI_STD, ClocImageProcessor, ClocProcessor
 from encoder.tokenizer import train_text_tokenizer
 
@@ -107,18 +109,10 @@ def speed(loop: Callable[[], Iterator[int]], images: int) -> float:
     return done / (time.process_time() - start)
 
 
-def flops_per_image(max_boxes: int = 4, caption_tokens: int = 77, phrase_tokens: int = 8) -> float:
-    """Of a CLOC step at B/16, forward and backward: 6 per weight and token, attention's products, the Prompter's MLP."""
-    config = b16()
-    total = 0.0
-    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-    texts = [caption_tokens, *max_boxes * [phrase_tokens]]
-    for tower, sequences in ((config.vision_config, [tokens]), (config.text_config, texts)):
-        width, weights = tower.hidden_size, 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
-        total += sum(tower.num_hidden_layers * 6 * length * (weights + 2 * length * width) for length in sequences)
-    width = config.vision_config.hidden_size
-    prompts = 2 * max_boxes  # a box and a text for each region, each with an MLP over all tokens (readout "mean")
-    return total + 6 * tokens * (3 * width**2 + prompts * 8 * width**2)
+def flops_per_image() -> int:
+    """Of a CLOC step at B/16 with four regions an image, forward and backward, counted by torch."""
+    config = PretrainConfig(shards="none", output="none", preset="b16")
+    return encoder_cost(meta_encoder(config, LossConfig()), config).flops(recompute=False)
 
 
 def main() -> None:
