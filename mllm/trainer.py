@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ class MllmTrainer(Trainer):
             callbacks=[LogLine()],
         )
         self.remove_callback(PrinterCallback)
+        mllm.model.register_load_state_dict_post_hook(_frozen_may_be_missing)
         if config.report_to == "tensorboard" and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             from transformers.integrations import TensorBoardCallback
@@ -88,12 +90,18 @@ class MllmTrainer(Trainer):
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint's weights, trained parts only, by the model's own names; DeepSpeed writes its own, of all parts."""
+        """A checkpoint's weights, trained parts only, by the model's own names; DeepSpeed writes its own file of them."""
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             if not self.is_deepspeed_enabled:
                 trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
                 save_file(trained, Path(output_dir) / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:  # transformers leaves frozen weights out for a PeftModel alone
+            engine = self.model_wrapped
+            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -106,6 +114,12 @@ class MllmTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
+
+
+def _frozen_may_be_missing(model: nn.Module, keys) -> None:
+    """What a load finds missing, `keys`, is no error where it is frozen: checkpoints leave it out, and it is as it was loaded."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
 
 
 class LengthSampler(Sampler):

@@ -181,5 +181,9 @@ def test_resumed_equals_uninterrupted_bit_by_bit(world, tmp_path, stage, more):
     for path in [*out.glob("*.safetensors"), out / "grounding.json"]:
         path.unlink()
     shutil.rmtree(out / "checkpoint-5")
+    for file in out.glob("checkpoint-3/global_step*/*model_states.pt"):  # no frozen weight in them
+        state = torch.load(file, weights_only=False)
+        assert state["module"] and all("lora_" in key or "projector" in key for key in state["module"])
+        assert not state["frozen_param_fragments"]
     assert launch(world, name, deepspeed_command(), **fields)[0] == whole[3:]
     assert len(weights) == 2 and weights == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
