@@ -29,6 +29,8 @@ class QuickGELU(nn.Module):
     """As `transformers.activations.QuickGELUActivation`; keeps its input alone for the backward pass. One derivative only."""
 
     def forward(self, values: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # so that it can be traced for export
+            return values * torch.sigmoid(SLOPE * values)
         return _QuickGELU.apply(values)
 
 

@@ -33,11 +33,14 @@ def sinusoids(coordinates: Tensor, width: int, min_frequency: float, max_frequen
 
 
 class Projection(nn.Linear):
-    """A linear layer Wx + b that can also go to the other side of a dot product, in its forward for ZeRO-3's sake."""
+    """A linear layer Wx + b that can go to the other side of a dot product: q.(Wx + b) = (qW).x + q.b.
 
-    def forward(self, values: Tensor, dual: bool = False):
-        """(..., I) -> Wx + b, (..., O); if `dual`, (..., O) -> qW, (..., I), and q.b, (..., 1): q.(Wx + b) = (qW).x + q.b."""
-        return (values @ self.weight, values @ self.bias[:, None]) if dual else super().forward(values)
+    Both ways are its forward, since ZeRO-3 holds a module's parameters for the time of that alone.
+    """
+
+    def forward(self, values: Tensor, dual: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x (..., I) -> Wx + b (..., O); if `dual`, q (..., O) -> qW (..., I) and q.b (..., 1)."""
+        return (values @ self.weight, (values @ self.bias)[..., None]) if dual else super().forward(values)
 
 
 class PromptLayer(GradientCheckpointingLayer):
@@ -68,14 +71,16 @@ class PromptLayer(GradientCheckpointingLayer):
                 return image_BNX.expand(len(image_index_R), -1, -1)
             return image_BNX.index_select(0, image_index_R)
 
-        # Each region needs its image's keys, values and queries. Their projections are moved to the prompts' side, which is
-        # a few tokens: q.(Wx + b) = (qW).x + q.b, and a mixture of values is the value of the mixture, as weights sum to 1.
+        # Each region needs its image's keys, values and queries. Their projections are moved to the prompts' side, which is a
+        # few tokens, and a mixture of values is the value of the mixture, as weights sum to 1.
         prompt_RPD = self.layer_norm1(prompts_RPD)
         query_RPD, bias_RP1 = self.k_proj(self.q_proj(prompt_RPD), dual=True)
         image_BND = self.layer_norm1(tokens_BND).to(query_RPD.dtype)
         image_RND = of_regions(image_BND)
-        logits_RPK = torch.cat([query_RPD @ keys.transpose(1, 2) for keys in (prompt_RPD, image_RND)], dim=-1) + bias_RP1
-        weights_RPK = upcast(self.scale * logits_RPK).softmax(-1).to(query_RPD.dtype)
+        logits_RPK = torch.cat([query_RPD @ keys.transpose(1, 2) for keys in (prompt_RPD, image_RND)], dim=-1)
+        # The same for all keys, so the softmax does not see it; but no parameter should be without a gradient.
+        logits_RPK = self.scale * (upcast(logits_RPK) + bias_RP1)
+        weights_RPK = logits_RPK.softmax(-1).to(query_RPD.dtype)
         weights_RPP, weights_RPN = weights_RPK.tensor_split([prompts_RPD.shape[1]], dim=-1)
         attended_RPD = self.v_proj(weights_RPP @ prompt_RPD + weights_RPN @ image_RND)
         prompts_RPD = self._feed_forward(prompts_RPD + self.out_proj(attended_RPD))
@@ -86,7 +91,7 @@ class PromptLayer(GradientCheckpointingLayer):
         logits_BNN = upcast(self.scale * query_BND @ key_BND.transpose(1, 2))
         attended_BND = logits_BNN.softmax(-1).to(value_BND.dtype) @ value_BND
         key_RPD, bias_RP1 = self.q_proj(self.k_proj(prompt_RPD), dual=True)
-        logits_RNP = upcast(self.scale * (key_RPD @ image_RND.transpose(1, 2) + bias_RP1)).transpose(1, 2)
+        logits_RNP = self.scale * (upcast(key_RPD @ image_RND.transpose(1, 2)) + bias_RP1).transpose(1, 2)
         # The joint softmax over [prompts, image] is one over P + 1 items: the prompts, and the image as a whole.
         joint_RNQ = torch.cat([logits_RNP, of_regions(logits_BNN.logsumexp(-1, keepdim=True))], dim=-1)
         weights_RNQ = joint_RNQ.softmax(-1).to(value_BND.dtype)
@@ -147,9 +152,9 @@ class Prompter(nn.Module):
             tokens_BND = tokens_BND[:, self.config.num_class_tokens :]
         readout_mean = self.config.prompter_readout == "mean"
         prompts_RPD, image_RND = self.layer(prompts_RPD, tokens_BND, image_index_R, with_image=readout_mean)
-        read = (prompts_RPD, image_RND) if readout_mean else (prompts_RPD,)
-        summed_RD = sum(self.layer_norm(read_RKD).sum(dim=1) for read_RKD in read)
-        return self.projection(summed_RD / sum(read_RKD.shape[1] for read_RKD in read))
+        pooled = (prompts_RPD, image_RND) if readout_mean else (prompts_RPD,)
+        summed_RD = sum(upcast(self.layer_norm(tokens).sum(dim=1)) for tokens in pooled)
+        return self.projection((summed_RD / sum(tokens.shape[1] for tokens in pooled)).to(prompts_RPD.dtype))
 
     def box_prompts(self, boxes_R4: Tensor) -> Tensor:
         """Boxes (R, 4), xyxy in [0, 1] of the square input -> prompt tokens (R, 2, D): top-left, bottom-right.

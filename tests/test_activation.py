@@ -19,6 +19,8 @@ def test_values_are_the_stock_module_s_bit_for_bit_and_gradients_the_formula_s(d
     values.requires_grad_()
     ours = QuickGELU()(values)
     assert torch.equal(ours, QuickGELUActivation()(values))
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(QuickGELU(), values)(values), ours)
     (gradient,) = torch.autograd.grad(ours, values, weight)
     exact = values.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(exact * torch.sigmoid(1.702 * exact), exact, weight.double())

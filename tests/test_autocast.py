@@ -1,4 +1,7 @@
-"""bf16 at ZeRO stage 0: the step is a plain one, `transformers.CLIPModel` under autocast with torch's own AdamW."""
+"""bf16 at ZeRO stage 0: the step is a plain one, `transformers.CLIPModel` under autocast with torch's own AdamW.
+
+The two differ in QuickGELU's derivative alone, less rounded in ours (tests/test_activation.py); here both take it.
+"""
 
 import os
 
@@ -52,7 +55,7 @@ def compare_steps(rank: int, port: int, folder: str) -> None:
     ours = ClocModel(tiny(vocab_size=64))
     towers = {key: getattr(ours.config, key).to_dict() for key in ("text_config", "vision_config")}
     plain = CLIPModel(CLIPConfig(**towers, projection_dim=ours.config.projection_dim)).train()
-    fuse_quick_gelu(plain)  # its derivative is less rounded than the stock one; tests/test_activation.py holds it to the formula
+    fuse_quick_gelu(plain)
     plain.load_state_dict({name: ours.state_dict()[name] for name in plain.state_dict()})
     for name, parameter in ours.named_parameters():
         parameter.requires_grad = not name.startswith(ADDED)
