@@ -37,7 +37,7 @@ from mllm.mixture import sources_of
 from mllm.packing import attends_to_all
 from mllm.projector import load_projector, load_region_projector, make_identity
 from mllm.records import texts_of
-from mllm.region_tokens import RegionLlavaForConditionalGeneration, add_region_tokens, check_prompter_folder
+from mllm.region_tokens import RegionFields, RegionLlavaForConditionalGeneration, add_region_tokens, check_prompter_folder
 from mllm.regions import COORDS
 from mllm.settings import MllmSettings
 from mllm.templates import choose_template
@@ -336,13 +336,26 @@ def part_of(name: str) -> str:
     return ("tower" if tower else "llm") + ("_lora" if is_lora(name) else "")
 
 
+def unread(model: LlavaForConditionalGeneration) -> tuple[str, ...]:
+    """Of which modules no answer depends, by parts of their names: what the tower has above the layers that are projected (and
+    below the end, if region tokens are made there), its pooling head, and what a linear projector has beyond its one layer."""
+    config = model.config
+    layers, regions = config.vision_config.num_hidden_layers, isinstance(config, RegionFields)
+    depth = layers if regions else max(layer % (layers + 1) for layer in layers_of(config.vision_feature_layer))
+    above = [f"encoder.layers.{layer}." for layer in range(depth, layers)]
+    norm = [] if regions else ["post_layernorm."]
+    linear = ["multi_modal_projector.linear_2."] if config.projector_hidden_act == "linear" else []
+    return (*above, *norm, ".head.", *linear)
+
+
 def freeze(model: LlavaForConditionalGeneration, trained: set[str], save_dtype: torch.dtype) -> None:
     """Only the `trained` parts require gradients; the others are rounded to the format they will be saved in.
 
-    What learns then learns against the very weights that an evaluation loads. A linear projector is Llava's first layer alone.
+    What learns then learns against the very weights that an evaluation loads. Nor do parameters that nothing depends on: weight
+    decay would move them, and processes without ZeRO wait for their gradients.
     """
-    fixed = "multi_modal_projector.linear_2." if model.config.projector_hidden_act == "linear" else None
+    fixed = unread(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained and not (fixed and fixed in name))
+        parameter.requires_grad_(part_of(name) in trained and not any(part in name for part in fixed))
         if not parameter.requires_grad and parameter.is_floating_point():  # else in low bits, where it was rounded before
             parameter.data.copy_(parameter.data.to(save_dtype))

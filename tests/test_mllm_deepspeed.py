@@ -89,6 +89,15 @@ def test_plain_python_takes_a_zero_file(world, one_process):
     torch.testing.assert_close(losses, one_process["fp32"][0], rtol=2e-4, atol=1e-4)
 
 
+def test_two_processes_without_zero_train_a_tower_with_recomputed_layers(world):
+    """DDP, which stops at parameters that no gradient comes to: of the tower's last layers, say, at `feature_layer` -2."""
+    fields = {"train": ["projector", "llm", "tower"], "gradient_checkpointing": True, "precision": "fp32"}
+    one = launch(world, "ddp_one", [sys.executable], batch_size=4, **fields)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = launch(world, "ddp_two", torchrun, batch_size=2, **fields)
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.parametrize("geometry", ["pad", "anyres"])
 def test_ranks_without_regions_under_zero3_give_the_loss_curve_of_one_process(world, tiny_folder, geometry):
     """Region tokens with Prompter and tower learning, on squares and on tiles: every process runs them in every step, regions

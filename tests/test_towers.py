@@ -24,7 +24,7 @@ from mllm.costs import meta_mllm, mllm_cost
 from mllm.data import pixel_collator
 from mllm.features import CachedTower, cache_features, feature_collator
 from mllm.generation import GroundingModel
-from mllm.model import build_mllm
+from mllm.model import build_mllm, freeze
 
 SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -100,6 +100,23 @@ def test_a_cache_of_several_layers_trains_as_the_tower_does(world, kind, tmp_pat
     expected = mllm.model(**pixel_collator(dataset, *ids)(rows)).loss
     mllm.model.model.vision_tower = CachedTower([-1, -2])
     torch.testing.assert_close(mllm.model(**feature_collator(dataset, features, *ids)(rows)).loss, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"feature_layer": layer} for layer in (-1, -2, [-3, 1])] + [{"region_tokens": "pooling"}])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_what_learns_is_what_the_loss_depends_on(world, kind, fields):
+    """By autograd's word. Weight decay would move the rest, and without ZeRO processes would wait for their gradients."""
+    folder, _ = world
+    config = MllmConfig(**recipe(folder, tower=str(folder / kind), train=["projector", "llm", "tower"], **fields))
+    mllm = build_mllm(config)
+    freeze(mllm.model, config.trains, torch.float32)
+    dataset = training.read_dataset(config, mllm, config.data)
+    ids = mllm.model.config.image_token_id, mllm.tokenizer.pad_token_id
+    batch = pixel_collator(dataset, *ids)([dataset[index] for index in range(len(dataset))])
+    learning = {name for name, parameter in mllm.model.named_parameters() if parameter.requires_grad}
+    mllm.model.requires_grad_(True)
+    mllm.model(**batch).loss.backward()
+    assert learning == {name for name, parameter in mllm.model.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "siglip"])
