@@ -337,8 +337,8 @@ def part_of(name: str) -> str:
 
 
 def unread(model: LlavaForConditionalGeneration) -> tuple[str, ...]:
-    """Of which modules no answer depends, by parts of their names: what the tower has above the layers that are projected (and
-    below the end, if region tokens are made there), its pooling head, and what a linear projector has beyond its one layer."""
+    """Modules that no answer depends on, by parts of their names: the tower's layers and norm above those that are projected
+    (none where region tokens are made of its end), its pooling head, and the second layer of a linear projector."""
     config = model.config
     layers, regions = config.vision_config.num_hidden_layers, isinstance(config, RegionFields)
     depth = layers if regions else max(layer % (layers + 1) for layer in layers_of(config.vision_feature_layer))
