@@ -147,13 +147,14 @@ def main() -> None:
         size = dataset[0][0].size
     ours, plain = (float(np.median(speeds[name])) for name in ("ours", "plain"))
     ratios = sorted(a / b for a, b in zip(speeds["ours"], speeds["plain"], strict=True))
-    needed = arguments.tflops * 1e12 * arguments.utilisation / flops_per_image()
+    flops = flops_per_image()
+    needed = arguments.tflops * 1e12 * arguments.utilisation / flops
     print(f"images of {size[0]}x{size[1]} px, to {SIZE} px, batches of {BATCH}, {len(dataset)} records in {len(shards)} shards")
     print(f"plain webdataset + PIL: {plain:.0f} images/s per core")
     spread = f"(rounds {ratios[0]:.2f} to {ratios[-1]:.2f})"
     print(f"ours:                   {ours:.0f} images/s per core, {np.median(ratios):.2f}x {spread}")
     print(
-        f"budget: {flops_per_image() / 1e9:.0f} GFLOP an image at B/16, {arguments.tflops:.0f} TFLOP/s at "
+        f"budget: {flops / 1e9:.0f} GFLOP an image at B/16, {arguments.tflops:.0f} TFLOP/s at "
         f"{arguments.utilisation:.0%} -> {needed:.0f} images/s; {arguments.cores} cores give {ours * arguments.cores:.0f} "
         f"({ours * arguments.cores / needed:.2f}x of what is needed; {needed / ours:.1f} cores are)"
     )
