@@ -86,7 +86,7 @@ class PlainStep:
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """One update; returns the loss before it."""
-        batch = {key: value.to(self.device) for key, value in batch.items()}
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = self.model(**batch).logits_per_image
         targets = torch.arange(len(logits), device=self.device)
@@ -152,7 +152,9 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     settings = {key: getattr(arguments, key) for key in ("preset", "batch_size", "precision", "zero_stage", "max_grad_norm")}
     config = PretrainConfig(shards="none", output="none", **settings)
-    steps = make_steps(config, make_batch(PRESETS[arguments.preset](), arguments), device)
+    batch = make_batch(PRESETS[arguments.preset](), arguments)
+    batch = {key: value.pin_memory() for key, value in batch.items()} if on_gpu else batch  # as the loader does
+    steps = make_steps(config, batch, device)
 
     first = {name: float(steps[name]()) for name in steps}  # the warm-up, too
     difference = abs(first["CLIP"] - first["plain CLIP"]) / first["plain CLIP"]

@@ -35,9 +35,9 @@ def gather_counts(count: int, device: torch.device | None = None) -> list[int]:
     """The value of `count` on every rank, in rank order."""
     if world_size() == 1:
         return [count]
-    counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([count], device=device))
-    return [int(value) for value in counts]
+    counts = torch.zeros(world_size(), 1, dtype=torch.long, device=device)
+    dist.all_gather(list(counts), torch.tensor([count], device=device))
+    return counts.flatten().tolist()  # one wait for the device, not one a rank
 
 
 def gather(local: Tensor, counts: list[int]) -> Tensor:

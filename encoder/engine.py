@@ -70,6 +70,7 @@ def make_engine(model: ClocModel, config: PretrainConfig, max_logit_scale: float
         "bf16": {"enabled": config.precision == "bf16" and not plain},
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -84,7 +84,8 @@ def cloc_losses(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | 
     """(losses, report) of a batch; the sum of `losses` is this rank's share of Eq. 4.
 
     output: of `ClocModel.forward`; without region features only the CLIP loss is there
-    boxes: (R, 4) xyxy in [0, 1]; image_index: (R,) image of each region within this rank's batch
+    boxes: (R, 4) xyxy in [0, 1]; image_index: (R,) image of each region within this rank's batch; on the CPU nothing waits
+        for the device
     report: unweighted terms, masked fraction, regions, lambda; for logs, shares like the losses where they are losses,
         of all ranks where they are not
     """
@@ -111,7 +112,7 @@ def cloc_losses(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | 
         config.block_size,
     )
     total = region_report["count"]
-    labelled = sum(gather_counts(len(torch.unique(image_index)), image_index.device))
+    labelled = sum(gather_counts(len(torch.unique(image_index)), boxes.device))
     coverage = labelled / clip_report["count"] if config.label_coverage else 1.0
     losses["region_loss"] = coverage * config.region_loss_weight * region_share
     report["region_loss"] = region_share.detach()

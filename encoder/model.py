@@ -217,13 +217,17 @@ class ClocModel(RegionEncoder, CLIPModel):
         return ImageEncoding(tokens, self.visual_projection(output.pooler_output))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids (T, L), each row with an end token -> text features (T, E); T may be 0."""
+        """Token ids (T, L), each row with an end token -> text features (T, E); T may be 0.
+
+        attention_mask: not read. The feature is the end token's and the tower is causal, so the padding after it never
+            counts; and without a mask attention takes its fastest kernel, and nothing waits for the device to look at one.
+        """
         if not len(input_ids):
             # The stock tower cannot reshape an empty batch. One placeholder row, dropped, keeps a rank without regions
             # in the same parameter gathers as the others.
             row = input_ids.new_full((1, 1), self.config.text_config.eos_token_id)
             return self.encode_text(row)[:0]
-        return self.text_projection(self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
+        return self.text_projection(self.text_model(input_ids=input_ids).pooler_output)
 
 
 @torch.no_grad()

@@ -38,15 +38,18 @@ def train_step(engine: deepspeed.DeepSpeedEngine, parts: list[dict], loss_config
     """
     embeddings = engine.module.vision_model.embeddings
 
+    def to_device(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        # Of a tensor in pinned memory nobody waits for the copy, and it is the device that changes its type.
+        return tensor.to(engine.device, dtype, non_blocking=True)
+
     def forward(part: dict) -> ClocOutput:
         dtypes = {"pixel_values": engine.module.dtype}
-        arguments = {key: value.to(engine.device, dtypes.get(key)) for key, value in part.items()}
+        arguments = {key: to_device(value, dtypes.get(key)) for key, value in part.items()}
         with only_patches(embeddings, arguments.pop("kept_patches", None)):
             return engine(**arguments)
 
     def loss_of(output: ClocOutput, boxes: Tensor | None, image_index: Tensor | None) -> tuple[Tensor, dict]:
-        if boxes is not None:
-            boxes, image_index = boxes.to(engine.device), image_index.to(engine.device)
+        boxes = None if boxes is None else to_device(boxes)
         losses, report = cloc_losses(output, boxes, image_index, loss_config)
         # Of this step's forward pass: after the update it could be the next one's.
         report["logit_scale"] = bounded_scale(output.logit_scale.detach(), loss_config.max_logit_scale)

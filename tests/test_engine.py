@@ -11,6 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoder.engine import compile_layers, recompute_layers
 from encoder.losses import LossConfig, cloc_losses
+from encoder.model import ClocModel
+from encoder.pretraining import train_step
 
 LAYERS = 2 + 2 + 2  # vision, text, the two Prompters
 
@@ -54,6 +56,39 @@ def test_recomputed_layers_keep_less_and_give_the_same(tiny_model, batch):
             runs[name] = loss_and_gradients(model, batch), sum(kept)
     assert_same(runs["recomputed"][0], runs["plain"][0], 1e-6)
     assert runs["recomputed"][1] < 0.3 * runs["plain"][1]
+
+
+@pytest.mark.parametrize(
+    "fields, losses",
+    [
+        ({"prompter_readout": "mean", "box_token": "joint"}, {}),
+        ({"prompter_shared": True, "region_temperature": "own"}, {"similar_text_threshold": None, "grounding_norm": "mse"}),
+        ({"logit_bias_init_value": -10.0}, {"contrastive": "sigmoid"}),
+        ({"region_encoder": "roi_align"}, {"grounding_loss_weight": 0.0}),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_no_part_of_a_step_waits_for_the_device(tiny_model, batch, fields, losses, parts):
+    """The meta device has no values, so whatever asks for one, or has a shape that follows from one, raises there."""
+    config = copy.deepcopy(tiny_model.config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = ClocModel(config).train()
+
+    class Engine:  # what `train_step` asks of DeepSpeed's, without its own update
+        module, device = model, torch.device("meta")
+        backward = staticmethod(lambda loss, **_: loss.backward())
+        step = staticmethod(lambda: None)
+        get_global_grad_norm = staticmethod(lambda: 0.0)
+        __call__ = staticmethod(model)
+
+    batch |= {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    report = train_step(Engine(), [batch] * parts, LossConfig(**losses))
+    assert report["coverage"] == 1 and report["loss"].is_meta and report["bad_features"].is_meta
+    assert all(parameter.grad.is_meta for parameter in model.parameters())
+    with pytest.raises((NotImplementedError, RuntimeError)):  # as it would
+        torch.unique(batch["image_index"].to("meta"))
 
 
 @pytest.mark.parametrize(

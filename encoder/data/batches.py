@@ -156,7 +156,9 @@ def batch_loader(
     Remote shards of the next window are fetched meanwhile, by processes of their own.
     """
     axes = range(first_step, last_step), range(parts), (parts,)
-    loader = iter(DataLoader(_Guarded(batches), batch_size=None, sampler=product(*axes), num_workers=workers))
+    pinned = torch.cuda.is_available()  # memory that a GPU copies from while the process goes on
+    settings = {"batch_size": None, "sampler": product(*axes), "num_workers": workers, "pin_memory": pinned}
+    loader = iter(DataLoader(_Guarded(batches), **settings))
     ahead = ReadAhead(batches.dataset.cache)
     try:
         for (step, number, _), batch in zip(product(*axes), loader, strict=True):
