@@ -82,7 +82,7 @@ def load_run(argument: str) -> Run:
         entries.setdefault(evaluation.name, []).append(Entry(evaluation, score_questions(evaluation)))
     for variants in entries.values():
         # Every run, the baseline too, is represented by its best way of reading a box.
-        variants.sort(key=lambda entry: -entry.scored.accuracy(entry.scored.metrics[-1]).value)
+        variants.sort(key=lambda entry: -entry.scored.accuracy(entry.scored.metrics[0]).value)
     ordered = {key: entries[key] for key in sorted(entries, key=paper_order)}
     return Run(name if equals else folder.resolve().name, folder, ordered)
 

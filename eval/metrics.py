@@ -66,8 +66,10 @@ def size_name(index: int) -> str:
     return f"{100 * edges[index]:.0f}-{100 * edges[index + 1]:.0f}%"
 
 
-def shuffled_box_accuracy(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, seed: int = 0, rounds: int = 50) -> float:
-    """What acc@0.5 is without looking: each question answered with the true box of another one, drawn at random.
+def shuffled_box_accuracy(
+    boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, threshold: float = 0.5, seed: int = 0, rounds: int = 50
+) -> float:
+    """What accuracy at an IoU is without looking: each question answered with the true box of another one, drawn at random.
 
     boxes: (N, 4) xyxy pixels, scaled to the picture of the question they answer; widths, heights: (N,) pixels
     """
@@ -77,7 +79,7 @@ def shuffled_box_accuracy(boxes: np.ndarray, widths: np.ndarray, heights: np.nda
     order = rng.permutation(len(boxes))
     boxes, frames = np.asarray(boxes, np.float64)[order], frames[order]
     guesses = (np.roll(boxes / frames, s, axis=0) * frames for s in shift)
-    return float(np.mean([accuracy_at(paired_iou(guess, boxes), THRESHOLDS[0]) for guess in guesses]))
+    return float(np.mean([accuracy_at(paired_iou(guess, boxes), threshold) for guess in guesses]))
 
 
 def macro_mean(values_N: np.ndarray, classes_N: np.ndarray) -> float:

@@ -10,6 +10,7 @@ from eval.metrics import wilson_interval
 
 METRIC_NAMES = {
     "acc_50": "acc@0.5",
+    "acc_75": "acc@0.75",
     "micro": "accuracy",
     "macro": "mean per class",
     "merged_box": "merged box",

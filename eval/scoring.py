@@ -46,7 +46,7 @@ CUTOFFS = {
 }
 # The accuracies that tables and comparisons show, per task, first the one that the task is judged by.
 HEADLINES = {
-    "grounding": ("acc_50",),
+    "grounding": ("acc_50", "acc_75"),
     "naming": ("micro", "macro"),
     **{task: tuple(metrics) for task, metrics in CUTOFFS.items()},
     "phrases": ("merged_box", "any_box"),
@@ -93,6 +93,8 @@ class Scored:
         """(N,) what each question counts for a metric of `HEADLINES`."""
         if metric in self.by_metric:
             return self.by_metric[metric]
+        if metric == "acc_75":
+            return (self.iou >= THRESHOLDS[1]).astype(np.float64)
         return self.hits if self.places is None else recall_at(CUTOFFS[self.task][metric], self.places)
 
     def accuracy(self, metric: str, seed: int = 0) -> Interval:
@@ -140,7 +142,9 @@ def score_questions(evaluation: Evaluation) -> Scored:
         nothing = (np.nan,) * 4
         iou = paired_iou(np.array([p.box or nothing for p in predictions], np.float64).reshape(-1, 4), true_boxes)
         hits = (iou >= THRESHOLDS[0]).astype(np.float64)
-        chance = evaluation.protocol.get("chance") or {"acc_50": shuffled_box_accuracy(true_boxes, widths, heights)}
+        limits = dict(zip(HEADLINES[task], THRESHOLDS, strict=False))
+        guesses = {metric: shuffled_box_accuracy(true_boxes, widths, heights, limit) for metric, limit in limits.items()}
+        chance = guesses | evaluation.protocol.get("chance", {})
     elif task != "naming":
         by_metric = metrics_of(evaluation)
         if task == "phrases":
@@ -258,7 +262,8 @@ def score_folder(folder: Path, seed: int = 0) -> dict[str, Any]:
         scores["unparsed"] = sum(reasons.values())
         scores["unparsed_reasons"] = dict(reasons.most_common())
     if scored.iou is not None:
-        scores |= {f"acc_{100 * t:.0f}": accuracy_at(scored.iou, t) for t in THRESHOLDS[1:]}
+        shares = {f"acc_{100 * t:.0f}": accuracy_at(scored.iou, t) for t in THRESHOLDS[1:]}
+        scores |= {name: share for name, share in shares.items() if name not in scores}
         scores["mean_iou"] = float(scored.iou.mean())
         areas = np.array([(t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) for t in evaluation.targets])
         scores["by_area"] = groups(scored.hits, np.array(AREAS)[np.digitize(areas, AREA_EDGES)])
@@ -293,7 +298,7 @@ def score_line(scores: dict[str, Any], metrics: tuple[str, ...] | None = None) -
         s = scores[metric]
         parts.append(f"{metric} {100 * s['value']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]")
     if scores["task"] == "grounding":
-        parts.append(f"acc_75 {100 * scores['acc_75']:.1f}  mean IoU {100 * scores['mean_iou']:.1f}")
+        parts.append(f"mean IoU {100 * scores['mean_iou']:.1f}")
     if "unparsed" in scores:
         parts.append(f"unparsed {scores['unparsed']}")
     if scores["task"] == "yes_no":

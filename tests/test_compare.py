@@ -103,8 +103,10 @@ def test_differences_are_the_naive_ones_and_the_table_says_so(tmp_path, pictures
     run(monkeypatch, a, b, "--out", tmp_path / "report", "--note", "CLIP & CLOC were shipped")
     output = capsys.readouterr().out
     report = read_report(tmp_path / "report")
-    row = report["rows"][0]
+    row, stricter = report["rows"][:2]
     assert (row["name"], row["metric"], row["n"]) == ("refcoco/val", "acc_50", 60)
+    assert (stricter["name"], stricter["metric"]) == ("refcoco/val", "acc_75") and stricter["chance"] < row["chance"]
+    assert stricter["accuracies"] == row["accuracies"], "these boxes are right or far off"
 
     answers = {}
     for name in ("cloc", "clip"):

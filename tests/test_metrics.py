@@ -50,17 +50,18 @@ def test_size_bins_cover_every_side():
     assert [metrics.size_name(i) for i in range(5)] == ["0-10%", "10-20%", "20-30%", "30-50%", "50-100%"]
 
 
-def test_shuffled_boxes_score_as_all_pairs_do_on_average():
+@pytest.mark.parametrize("threshold", [0.5, 0.75])
+def test_shuffled_boxes_score_as_all_pairs_do_on_average(threshold):
     rng = np.random.default_rng(2)
     width, height = rng.integers(40, 90, (2, 40)).astype(float)
     left = rng.uniform(0, 0.5, (40, 2)) * np.stack([width, height], 1)
     boxes = np.concatenate([left, left + 0.5 * np.stack([width, height], 1)], 1)
     frame = np.stack([width, height, width, height], 1)
     pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
-    hits = [metrics.paired_iou((boxes[j] / frame[j] * frame[i])[None], boxes[i][None])[0] >= 0.5 for i, j in pairs]
-    chance = metrics.shuffled_box_accuracy(boxes, width, height, rounds=300)
+    hits = [metrics.paired_iou((boxes[j] / frame[j] * frame[i])[None], boxes[i][None])[0] >= threshold for i, j in pairs]
+    chance = metrics.shuffled_box_accuracy(boxes, width, height, threshold, rounds=300)
     assert 0 < np.mean(hits) < 1 and chance == pytest.approx(np.mean(hits), abs=0.02)
-    assert metrics.shuffled_box_accuracy(boxes[:1], width[:1], height[:1]) in (0.0, 1.0)
+    assert metrics.shuffled_box_accuracy(boxes[:1], width[:1], height[:1], threshold) in (0.0, 1.0)
 
 
 def test_macro_mean_is_the_mean_of_class_means():

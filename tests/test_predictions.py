@@ -47,7 +47,7 @@ def test_scores_need_no_model_and_count_what_was_not_parsed(tmp_path):
     log.append([answer(0), answer(1, (20.0, 10.0, 30.0, 30.0)), answer(2, None, "no box"), answer(3, (0.0, 0.0, 9.0, 9.0))])
     scores = score_folder(tmp_path)
     assert scores["acc_50"]["value"] == 0.5, "IoU 1 and IoU 0.5 count, unparsed and apart do not"
-    assert scores["acc_75"] == 0.25 and scores["mean_iou"] == pytest.approx(0.375)
+    assert scores["acc_75"]["value"] == 0.25 and scores["acc_90"] == 0.25 and scores["mean_iou"] == pytest.approx(0.375)
     assert scores["unparsed"] == 1 and scores["unparsed_reasons"] == {"no box": 1}
     assert scores["by_kind"] == {"side": {"accuracy": 0.5, "n": 2}, "size": {"accuracy": 0.5, "n": 2}}
     assert scores["by_size"] == {"20-30%": {"accuracy": 0.5, "n": 4}}
