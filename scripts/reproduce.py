@@ -23,12 +23,12 @@ FEATURE_LAYER = "-1"
 NOTE = "All weights were trained by scripts/reproduce.py from zero, on scenes of the base pictures; weights/README.md says how."
 
 
-def encoder_command(tower: str, scenes: Path, out: Path) -> list[str]:
-    settings = ["--objective", tower, "--shards", str(scenes / "shards" / "train"), "--output", str(out)]
+def encoder_command(tower: str, scenes: Path, out: Path, seed: int) -> list[str]:
+    settings = ["--objective", tower, "--shards", str(scenes / "shards" / "train"), "--output", str(out), "--seed", str(seed)]
     return [PYTHON, "scripts/pretrain_encoder.py", "scripts/recipes/nano_encoder.yaml", *settings]
 
 
-def mllm_command(tower: str, out: Path) -> list[str]:
+def mllm_command(tower: str, out: Path, seed: int) -> list[str]:
     """One MLLM on a frozen tower: `nano_align` on scenes of one or two objects, `nano_base` on all, `nano_balance` with more
     names. The tokenizer also reads the words of the later domain, as any grown-up one has."""
     script = [PYTHON, "scripts/finetune_mllm.py"]
@@ -39,10 +39,11 @@ def mllm_command(tower: str, out: Path) -> list[str]:
     base = [*training_data(out / "scenes"), "--model", folders["align"], "--output", folders["base"]]
     balance = [*balanced_data(out / "scenes"), "--model", folders["base"], "--output", folders["mllm"]]
     steps = {"nano_align": align, "nano_base": base, "nano_balance": balance}
-    return in_order([[*script, f"scripts/recipes/{recipe}.yaml", *flags] for recipe, flags in steps.items()])
+    seeded = {recipe: [*flags, "--seed", str(seed)] for recipe, flags in steps.items()}
+    return in_order([[*script, f"scripts/recipes/{recipe}.yaml", *flags] for recipe, flags in seeded.items()])
 
 
-def ship(out: Path, weights: Path) -> None:
+def ship(out: Path, weights: Path, seed: int) -> None:
     """Copies the four finished folders into `weights`, each with its logs, and writes provenance.json beside them."""
     made_at = commit()  # before the copies make the tree another one
     for tower in TOWERS:
@@ -56,9 +57,9 @@ def ship(out: Path, weights: Path) -> None:
         _copy(mllm, weights / f"mllm_{tower}", {"log.jsonl": mllm / "log.jsonl", **logs})
     stages = {file.stem: json.loads(file.read_text()) for file in (out / "done").glob("*.json")}
     record = {
-        "command": "python scripts/reproduce.py",
+        "command": f"python scripts/reproduce.py --seed {seed}",
         "commit": made_at,
-        "seed": 0,
+        "seed": seed,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
         "stages": {name: {key: stage.get(key) for key in ("seconds", "commit")} for name, stage in sorted(stages.items())},
@@ -86,12 +87,14 @@ def _copy(source: Path, target: Path, logs: dict[str, Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "base", help="folder of everything it makes")
+    parser.add_argument("--out", type=Path, help="folder of everything it makes (default runs/base; with a seed runs/base_SEED)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order, not of the scenes (default 0)")
     parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default 40000)")
     parser.add_argument("--eval", type=int, default=1200, help="expressions of each of val, testA, testB (default 1200)")
     parser.add_argument("--ship", action="store_true", help="copy the finished weights into weights/")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    seed = arguments.seed
+    out = (arguments.out or ROOT / "runs" / (f"base_{seed}" if seed else "base")).resolve()
     os.chdir(ROOT)
     scenes = out / "scenes"
     mllm, runs = ({tower: out / f"{kind}_{tower}" for tower in TOWERS} for kind in ("mllm", "eval"))
@@ -103,8 +106,8 @@ def main() -> None:
     ]
     stages = [
         Stage("scenes", f"draw {arguments.scenes} scenes", [in_order(draw)]),
-        Stage("encoders", "pretrain both encoders", [encoder_command(tower, scenes, out / tower) for tower in TOWERS]),
-        Stage("mllms", "train an MLLM on each", [mllm_command(tower, out) for tower in TOWERS]),
+        Stage("encoders", "pretrain both encoders", [encoder_command(tower, scenes, out / tower, seed) for tower in TOWERS]),
+        Stage("mllms", "train an MLLM on each", [mllm_command(tower, out, seed) for tower in TOWERS]),
         Stage("evaluate", "ground and refer", [mllm_evaluations(mllm[tower], scenes, runs[tower]) for tower in TOWERS]),
         Stage(
             "regions",
@@ -115,7 +118,7 @@ def main() -> None:
     ]
     run_stages(stages, out)
     if arguments.ship:
-        ship(out, ROOT / "weights")
+        ship(out, ROOT / "weights", seed)
     print(f"done: the comparison is in {out / 'report' / 'report.html'}")
 
 
