@@ -4,8 +4,8 @@
 
 A large batch on a GPU is bound by arithmetic and by memory, and both can be counted on any machine: a step that has the same
 matrix products as another and moves fewer bytes between them has no reason to be slower. An operation reads each tensor that
-it is given once and writes each that it returns once; views and empty tensors cost nothing. Every step is counted with two
-batch sizes, which gives the cost of an image and that of the step itself, mostly the update.
+it is given once and writes each that it returns or may change once; views and empty tensors cost nothing. Every step is
+counted with two batch sizes, which gives the cost of an image and that of the step itself, mostly the update.
 """
 
 import argparse
@@ -20,13 +20,19 @@ from step import make_batch, make_steps, start_process_group
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from encoder.config import PRESETS
 from encoder.errors import run_main
 from encoder.pretraining_config import PretrainConfig
 
 SIZES = 4, 8  # images
+# What attention runs as on a CPU, which torch does not count.
+aten = torch.ops.aten
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+}
 PAIRS = [("CLIP", "plain CLIP"), ("CLOC prompt", "CLIP"), ("CLOC mean", "CLIP")]
 
 
@@ -58,7 +64,8 @@ class TrafficMode(TorchDispatchMode):
         arguments = [(it, args[i] if i < len(args) else kwargs.get(it.name)) for i, it in enumerate(operation._schema.arguments)]
         in_place = [value for it, value in arguments if it.alias_info is not None and it.alias_info.is_write]
         read, written = storages(tree_leaves((args, kwargs))), storages(tree_leaves((result, in_place)))
-        is_view = not in_place and written.keys() <= read.keys()
+        says_so = any(it.alias_info is not None and not it.alias_info.is_write for it in operation._schema.returns)
+        is_view = says_so or not in_place and written.keys() <= read.keys()  # `_unsafe_view` does not say so
         if not is_view and "empty" not in operation.overloadpacket.__name__:
             self.counts.operations += 1
             self.counts.bytes += sum(read.values()) + sum(written.values())
@@ -69,7 +76,7 @@ def counted(step, warm_up: int = 2) -> Counts:
     """One call of `step`, after `warm_up` others in which the optimizer makes its state."""
     for _ in range(warm_up):
         step()
-    traffic, flops = TrafficMode(), FlopCounterMode(display=False)
+    traffic, flops = TrafficMode(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with flops, traffic:
         step()
     traffic.counts.flops = flops.get_total_flops()

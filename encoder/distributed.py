@@ -36,7 +36,7 @@ def gather_counts(count: int, device: torch.device | None = None) -> list[int]:
     if world_size() == 1:
         return [count]
     counts = torch.zeros(world_size(), 1, dtype=torch.long, device=device)
-    dist.all_gather(list(counts), torch.tensor([count], device=device))
+    dist.all_gather(list(counts), torch.full((1,), count, dtype=torch.long, device=device))
     return counts.flatten().tolist()  # one wait for the device, not one a rank
 
 

@@ -217,7 +217,7 @@ class ClocModel(RegionEncoder, CLIPModel):
         return ImageEncoding(tokens, self.visual_projection(output.pooler_output))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids (T, L), each row with an end token -> text features (T, E); T may be 0.
+        """Token ids (T, L), each row with an end token, padded after it -> text features (T, E); T may be 0.
 
         attention_mask: not read. The feature is the end token's and the tower is causal, so the padding after it never
             counts; and without a mask attention takes its fastest kernel, and nothing waits for the device to look at one.

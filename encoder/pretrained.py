@@ -214,6 +214,7 @@ def load_tokenizer(folder: Path, limits: dict) -> PreTrainedTokenizerBase:
             f"the tokenizer in {folder} ends a text with id {tokenizer.eos_token_id}, the text tower reads its feature at {end}; "
             "name the tokenizer that the tower was trained with"
         )
+    tokenizer.padding_side = "right"  # a causal tower does not see what follows the end token, but all before it
     # T5's own limit is 512, far beyond the position table of a CLIP.
     tokenizer.model_max_length = min(tokenizer.model_max_length, limits["max_position_embeddings"])
     return tokenizer

@@ -27,11 +27,14 @@ class ClocSiglipModel(RegionEncoder, SiglipModel):
         return ImageEncoding(output.last_hidden_state, output.pooler_output)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids (T, L), padded to the tower's full length -> text features (T, E); T may be 0."""
+        """Token ids (T, L), padded to the tower's full length -> text features (T, E); T may be 0.
+
+        attention_mask: not read, since padding is read like any token.
+        """
         if not len(input_ids):
             # One placeholder row, dropped, keeps a rank without regions in the same parameter gathers as the others.
             return self.encode_text(input_ids.new_zeros(1, 1))[:0]
-        return self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return self.text_model(input_ids=input_ids).pooler_output
 
 
 AutoConfig.register("cloc_siglip", ClocSiglipConfig)

@@ -11,6 +11,7 @@ way, or other questions, are refused. Where a run tried several ways to read a b
 import argparse
 import json
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 
 from encoder.errors import run_main
@@ -146,7 +147,7 @@ def as_json(runs: list[Run], rows: list[Row], args: argparse.Namespace) -> dict:
                 "name": row.name,
                 "metric": row.metric,
                 "n": row.n,
-                "chance": row.chance,
+                "chance": None if isnan(row.chance) else row.chance,
                 "accuracies": {name: asdict(interval) for name, interval in row.accuracies.items()},
                 "differences": [
                     {"first": pair.first, "second": pair.second, **asdict(interval), "signs": asdict(row.signs[pair])}

@@ -118,14 +118,12 @@ class RankingAnswerer:
 
     def chance(self, targets: list[Target]) -> dict[str, float]:
         """Per metric, how often a candidate drawn at random is right."""
-        half, three_quarters, _ = THRESHOLDS
-        shares: dict[str, list[float]] = {"merged_box": [], "any_box": [], "acc_75": []}
+        shares: dict[str, list[float]] = {"merged_box": [], "any_box": []}
         for target in targets:
-            boxes, any_of = np.array(self.candidates.of(target), np.float64), target.boxes or [target.box]
-            rules = ([target.box], half), (any_of, half), ([target.box], three_quarters)
-            for values, (truths, limit) in zip(shares.values(), rules, strict=True):
+            boxes = np.array(self.candidates.of(target), np.float64)
+            for name, truths in (("merged_box", [target.box]), ("any_box", target.boxes or [target.box])):
                 iou = [paired_iou(boxes, np.tile(np.array(truth, np.float64), (len(boxes), 1))) for truth in truths]
-                values.append(float((np.max(iou, axis=0) >= limit).mean()))
+                shares[name].append(float((np.max(iou, axis=0) >= THRESHOLDS[0]).mean()))
         means = {name: sum(values) / len(values) for name, values in shares.items()}
         return {**means, "acc_50": means["merged_box"]}
 

@@ -93,7 +93,7 @@ def verdict(rows: list[Row], pair: Pair) -> str:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    return "-" if np.isnan(value) else f"{100 * value:.1f}"
 
 
 def p_value(p: float) -> str:

@@ -142,9 +142,11 @@ def score_questions(evaluation: Evaluation) -> Scored:
         nothing = (np.nan,) * 4
         iou = paired_iou(np.array([p.box or nothing for p in predictions], np.float64).reshape(-1, 4), true_boxes)
         hits = (iou >= THRESHOLDS[0]).astype(np.float64)
-        limits = dict(zip(HEADLINES[task], THRESHOLDS, strict=False))
-        guesses = {metric: shuffled_box_accuracy(true_boxes, widths, heights, limit) for metric, limit in limits.items()}
-        chance = guesses | evaluation.protocol.get("chance", {})
+        if "chance" in evaluation.protocol:  # of candidates; known at the first threshold alone
+            chance = {metric: evaluation.protocol["chance"].get(metric, np.nan) for metric in HEADLINES[task]}
+        else:
+            limits = zip(HEADLINES[task], THRESHOLDS, strict=False)
+            chance = {metric: shuffled_box_accuracy(true_boxes, widths, heights, limit) for metric, limit in limits}
     elif task != "naming":
         by_metric = metrics_of(evaluation)
         if task == "phrases":

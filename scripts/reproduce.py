@@ -3,7 +3,7 @@
     make reproduce        or        python scripts/reproduce.py
 
 Both encoders see the same images in the same order for the same number of steps, and so do both MLLMs. It takes about
-two hours on two cores. Interrupted, the same command goes on. `--ship` copies the result into weights/.
+two hours on two cores. Interrupted, the same command goes on. `--seed` makes others; `--ship` copies a result into weights/.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def mllm_command(tower: str, out: Path, seed: int) -> list[str]:
     return in_order([[*script, f"scripts/recipes/{recipe}.yaml", *flags] for recipe, flags in seeded.items()])
 
 
-def ship(out: Path, weights: Path, seed: int) -> None:
+def ship(out: Path, weights: Path, arguments: argparse.Namespace) -> None:
     """Copies the four finished folders into `weights`, each with its logs, and writes provenance.json beside them."""
     made_at = commit()  # before the copies make the tree another one
     for tower in TOWERS:
@@ -57,9 +57,9 @@ def ship(out: Path, weights: Path, seed: int) -> None:
         _copy(mllm, weights / f"mllm_{tower}", {"log.jsonl": mllm / "log.jsonl", **logs})
     stages = {file.stem: json.loads(file.read_text()) for file in (out / "done").glob("*.json")}
     record = {
-        "command": f"python scripts/reproduce.py --seed {seed}",
+        "command": f"python scripts/reproduce.py --seed {arguments.seed} --scenes {arguments.scenes} --eval {arguments.eval}",
         "commit": made_at,
-        "seed": seed,
+        "seed": arguments.seed,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
         "stages": {name: {key: stage.get(key) for key in ("seconds", "commit")} for name, stage in sorted(stages.items())},
@@ -118,7 +118,7 @@ def main() -> None:
     ]
     run_stages(stages, out)
     if arguments.ship:
-        ship(out, ROOT / "weights", seed)
+        ship(out, ROOT / "weights", arguments)
     print(f"done: the comparison is in {out / 'report' / 'report.html'}")
 
 

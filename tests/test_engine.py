@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from encoder import ClocModel, ClocSiglipConfig, ClocSiglipModel
 from encoder.engine import compile_layers, recompute_layers
 from encoder.losses import LossConfig, cloc_losses
-from encoder.model import ClocModel
 from encoder.pretraining import train_step
 
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 LAYERS = 2 + 2 + 2  # vision, text, the two Prompters
 
 
@@ -58,6 +59,13 @@ def test_recomputed_layers_keep_less_and_give_the_same(tiny_model, batch):
     assert runs["recomputed"][1] < 0.3 * runs["plain"][1]
 
 
+SIGLIP = ClocSiglipConfig(
+    text_config=SIZES | {"vocab_size": 32, "max_position_embeddings": 3},
+    vision_config=SIZES | {"image_size": 32, "patch_size": 8},
+)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     "fields, losses",
     [
@@ -65,16 +73,16 @@ def test_recomputed_layers_keep_less_and_give_the_same(tiny_model, batch):
         ({"prompter_shared": True, "region_temperature": "own"}, {"similar_text_threshold": None, "grounding_norm": "mse"}),
         ({"logit_bias_init_value": -10.0}, {"contrastive": "sigmoid"}),
         ({"region_encoder": "roi_align"}, {"grounding_loss_weight": 0.0}),
+        (None, {"contrastive": "sigmoid"}),
     ],
 )
-@pytest.mark.parametrize("parts", [1, 2])
-def test_no_part_of_a_step_waits_for_the_device(tiny_model, batch, fields, losses, parts):
-    """The meta device has no values, so whatever asks for one, or has a shape that follows from one, raises there."""
-    config = copy.deepcopy(tiny_model.config)
-    for name, value in fields.items():
+def test_no_operation_of_a_step_asks_for_a_value(tiny_model, batch, fields, losses, parts):
+    """Or has a shape that follows from one: the meta device has no values and raises. On a GPU the process would wait."""
+    config = copy.deepcopy(tiny_model.config if fields is not None else SIGLIP)
+    for name, value in (fields or {}).items():
         setattr(config, name, value)
     with torch.device("meta"):
-        model = ClocModel(config).train()
+        model = (ClocModel if fields is not None else ClocSiglipModel)(config).train()
 
     class Engine:  # what `train_step` asks of DeepSpeed's, without its own update
         module, device = model, torch.device("meta")
@@ -126,6 +134,7 @@ def test_a_large_tensor_takes_the_memory_of_the_one_before_it():
     """64 MB are 16,384 pages of 4 KB, each a fault where they are new; in a process of its own, whose malloc it sets."""
     code = """
 import resource, torch
+from encoder import ClocModel, ClocSiglipConfig, ClocSiglipModel
 from encoder.engine import reuse_large_blocks
 reuse_large_blocks()
 for _ in range(3):
