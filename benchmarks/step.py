@@ -51,10 +51,18 @@ def random_texts(
     return ids, (places < lengths[:, None]).long()
 
 
-def make_batch(config: ClocConfig, arguments: argparse.Namespace) -> dict[str, Tensor]:
-    """A batch as `RegionBatches` gives it, `max_boxes` regions on every image."""
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that `make_batch` reads, and the preset."""
+    parser.add_argument("--preset", choices=PRESETS, default="b16", help="the model (default b16, at 224 px)")
+    parser.add_argument("--max_boxes", type=int, default=4, help="regions of each image (default 4)")
+    parser.add_argument("--caption_tokens", type=int, default=64, help="longest caption, tokens (default 64)")
+    parser.add_argument("--phrase_tokens", type=int, default=8, help="longest region text, tokens (default 8)")
+
+
+def make_batch(config: ClocConfig, images: int, arguments: argparse.Namespace) -> dict[str, Tensor]:
+    """A batch of `images` as `RegionBatches` gives it, `max_boxes` regions on every image."""
     generator = torch.Generator().manual_seed(0)
-    images, regions, side = arguments.batch_size, arguments.batch_size * arguments.max_boxes, config.vision_config.image_size
+    regions, side = images * arguments.max_boxes, config.vision_config.image_size
     caption_ids, caption_mask = random_texts(config, images, arguments.caption_tokens // 2, arguments.caption_tokens, generator)
     region_ids, region_mask = random_texts(config, regions, 3, arguments.phrase_tokens, generator)
     return {
@@ -127,7 +135,9 @@ def make_steps(config: PretrainConfig, batch: dict[str, Tensor], device: torch.d
 
 
 def start_process_group() -> None:
-    """A group of this process alone, on a free port."""
+    """A group of this process alone, on a free port, and libraries that keep quiet."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
     os.environ |= own_environment({})
     deepspeed.init_distributed(choose_backend(), verbose=False)
 
@@ -135,24 +145,19 @@ def start_process_group() -> None:
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="b16", help="the model (default b16, at 224 px)")
+    add_batch_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=256 if on_gpu else 8, help="images (default 8, on a GPU 256)")
-    parser.add_argument("--max_boxes", type=int, default=4, help="regions of each image (default 4)")
-    parser.add_argument("--caption_tokens", type=int, default=64, help="longest caption, tokens (default 64)")
-    parser.add_argument("--phrase_tokens", type=int, default=8, help="longest region text, tokens (default 8)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if on_gpu else "fp32")
     parser.add_argument("--zero_stage", type=int, default=0, help="ZeRO stage, 0 to 3 (default 0: one process shards nothing)")
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="clipping, of both (default 1; 0 clips neither)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, in which the variants take turns (default 3)")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     arguments = parser.parse_args()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
     start_process_group()
     device = torch.device("cuda" if on_gpu else "cpu")
     settings = {key: getattr(arguments, key) for key in ("preset", "batch_size", "precision", "zero_stage", "max_grad_norm")}
     config = PretrainConfig(shards="none", output="none", **settings)
-    batch = make_batch(PRESETS[arguments.preset](), arguments)
+    batch = make_batch(PRESETS[arguments.preset](), arguments.batch_size, arguments)
     batch = {key: value.pin_memory() for key, value in batch.items()} if on_gpu else batch  # as the loader does
     steps = make_steps(config, batch, device)
 

@@ -10,13 +10,11 @@ counted with two batch sizes, which gives the cost of an image and that of the s
 
 import argparse
 import json
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from step import make_batch, make_steps, start_process_group
+from step import add_batch_arguments, make_batch, make_steps, start_process_group
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,30 +83,25 @@ def counted(step, warm_up: int = 2) -> Counts:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="b16", help="the model (default b16, at 224 px)")
+    add_batch_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=256, help="images, for which the ratios are (default 256)")
-    parser.add_argument("--max_boxes", type=int, default=4, help="regions of each image (default 4)")
-    parser.add_argument("--caption_tokens", type=int, default=64, help="longest caption, tokens (default 64)")
-    parser.add_argument("--phrase_tokens", type=int, default=8, help="longest region text, tokens (default 8)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--out", type=Path, help="also write the counts here, as JSON")
     arguments = parser.parse_args()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
     start_process_group()
     config = {"shards": "none", "output": "none", "preset": arguments.preset, "precision": arguments.precision, "zero_stage": 0}
-    sizes: list[dict[str, Counts]] = []
+    sizes: list[dict[str, dict[str, float]]] = []
     for size in SIZES:
-        batch = make_batch(PRESETS[arguments.preset](), argparse.Namespace(**{**vars(arguments), "batch_size": size}))
+        batch = make_batch(PRESETS[arguments.preset](), size, arguments)
         steps = make_steps(PretrainConfig(**config, batch_size=size), batch, torch.device("cpu"))
-        sizes.append({name: counted(step) for name, step in steps.items()})
+        sizes.append({name: asdict(counted(step)) for name, step in steps.items()})
     torch.distributed.destroy_process_group()
 
     rows = {}
     for name, small in sizes[0].items():
         large = sizes[1][name]
-        image = {key: (value - asdict(small)[key]) / (SIZES[1] - SIZES[0]) for key, value in asdict(large).items()}
-        fixed = {key: value - SIZES[1] * image[key] for key, value in asdict(large).items()}
+        image = {key: (large[key] - small[key]) / (SIZES[1] - SIZES[0]) for key in small}
+        fixed = {key: large[key] - SIZES[1] * image[key] for key in small}
         whole = {key: fixed[key] + arguments.batch_size * image[key] for key in image}
         rows[name] = {"image": image, "fixed": fixed, "batch": whole}
     print(f"{arguments.preset}, {arguments.precision}, torch {torch.__version__}, counted with {SIZES[0]} and {SIZES[1]} images")

@@ -44,9 +44,11 @@ CUTOFFS = {
     "retrieval": {"recall_1": 1, "recall_5": 5, "recall_10": 10},
     "classification": {"top_1": 1, "top_5": 5},
 }
+# From which IoU on a box is right, of the accuracies with intervals.
+IOU_LIMITS = {"acc_50": 0.5, "acc_75": 0.75}
 # The accuracies that tables and comparisons show, per task, first the one that the task is judged by.
 HEADLINES = {
-    "grounding": ("acc_50", "acc_75"),
+    "grounding": tuple(IOU_LIMITS),
     "naming": ("micro", "macro"),
     **{task: tuple(metrics) for task, metrics in CUTOFFS.items()},
     "phrases": ("merged_box", "any_box"),
@@ -93,8 +95,8 @@ class Scored:
         """(N,) what each question counts for a metric of `HEADLINES`."""
         if metric in self.by_metric:
             return self.by_metric[metric]
-        if metric == "acc_75":
-            return (self.iou >= THRESHOLDS[1]).astype(np.float64)
+        if metric in IOU_LIMITS:
+            return (self.iou >= IOU_LIMITS[metric]).astype(np.float64)
         return self.hits if self.places is None else recall_at(CUTOFFS[self.task][metric], self.places)
 
     def accuracy(self, metric: str, seed: int = 0) -> Interval:
@@ -141,11 +143,11 @@ def score_questions(evaluation: Evaluation) -> Scored:
     elif task == "grounding":
         nothing = (np.nan,) * 4
         iou = paired_iou(np.array([p.box or nothing for p in predictions], np.float64).reshape(-1, 4), true_boxes)
-        hits = (iou >= THRESHOLDS[0]).astype(np.float64)
+        hits = (iou >= IOU_LIMITS["acc_50"]).astype(np.float64)
         if "chance" in evaluation.protocol:  # of candidates; known at the first threshold alone
-            chance = {metric: evaluation.protocol["chance"].get(metric, np.nan) for metric in HEADLINES[task]}
+            chance = {metric: evaluation.protocol["chance"].get(metric, np.nan) for metric in IOU_LIMITS}
         else:
-            limits = zip(HEADLINES[task], THRESHOLDS, strict=False)
+            limits = IOU_LIMITS.items()
             chance = {metric: shuffled_box_accuracy(true_boxes, widths, heights, limit) for metric, limit in limits}
     elif task != "naming":
         by_metric = metrics_of(evaluation)

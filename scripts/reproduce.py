@@ -39,8 +39,7 @@ def mllm_command(tower: str, out: Path, seed: int) -> list[str]:
     base = [*training_data(out / "scenes"), "--model", folders["align"], "--output", folders["base"]]
     balance = [*balanced_data(out / "scenes"), "--model", folders["base"], "--output", folders["mllm"]]
     steps = {"nano_align": align, "nano_base": base, "nano_balance": balance}
-    seeded = {recipe: [*flags, "--seed", str(seed)] for recipe, flags in steps.items()}
-    return in_order([[*script, f"scripts/recipes/{recipe}.yaml", *flags] for recipe, flags in seeded.items()])
+    return in_order([[*script, f"scripts/recipes/{recipe}.yaml", *flags, "--seed", str(seed)] for recipe, flags in steps.items()])
 
 
 def ship(out: Path, weights: Path, arguments: argparse.Namespace) -> None:

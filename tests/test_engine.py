@@ -134,7 +134,6 @@ def test_a_large_tensor_takes_the_memory_of_the_one_before_it():
     """64 MB are 16,384 pages of 4 KB, each a fault where they are new; in a process of its own, whose malloc it sets."""
     code = """
 import resource, torch
-from encoder import ClocModel, ClocSiglipConfig, ClocSiglipModel
 from encoder.engine import reuse_large_blocks
 reuse_large_blocks()
 for _ in range(3):
